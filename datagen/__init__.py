@@ -1,0 +1,1 @@
+"""Mass production of labelled multi-view heads as WebDataset shards."""

@@ -1,0 +1,1 @@
+"""What more than one stage stands on: cameras, head model, rendering, networks, run bookkeeping."""

@@ -1,0 +1,1 @@
+"""Convolutional networks shared by the generator and the reconstructor."""

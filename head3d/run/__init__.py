@@ -1,0 +1,1 @@
+"""Run bookkeeping: configuration, checkpoints, logs, seeds, processes."""

@@ -1,0 +1,1 @@
+"""One-shot 3D head reconstruction: networks, streaming training, evaluation, driving."""

@@ -1,0 +1,1 @@
+"""Reconstructor architectures, one file each."""
