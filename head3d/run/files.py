@@ -1,0 +1,116 @@
+"""Files and folders that appear whole or not at all: temporary name beside the target, flush, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from head3d.run.errors import DataError
+
+TEMPORARY_PREFIX = ".tmp-"  # what follows ends in the target's own name, so that writers who look at the suffix are content
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Give a temporary path in the target's folder to write to; flush and rename it onto `path` when the block ends well.
+
+    The folder is made if missing; an existing file is replaced. If the block raises, nothing is left behind. Raises DataError
+    if the system refuses (full disk, no permission), naming the file.
+    """
+    path = Path(path)
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_name(path)
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Give an empty temporary folder beside `path`; flush its files and rename it to `path` when the block ends well.
+
+    An existing folder of that name is replaced. If the block raises, nothing is left behind. Raises DataError like `atomic_path`.
+    """
+    path = Path(path)
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_name(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for entry in sorted(temporary.rglob("*")):
+                _flush(entry)
+            _flush(temporary)
+            if path.exists():
+                remove_folder(path)
+            os.rename(temporary, path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_atomic(path: Path | str, content: bytes | str | Callable[[BinaryIO], object]) -> None:
+    """Write bytes, text (UTF-8) or what a callable writes into the binary file it is given. Errors as `atomic_path`."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that nobody sees half of it: it loses its name first."""
+    doomed = _temporary_name(path)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep_temporary(folder: Path | str) -> int:
+    """Delete what killed writers left in `folder` and return how many there were. Only for a folder that nobody else is writing to."""
+    leftovers = list(Path(folder).glob(f"{TEMPORARY_PREFIX}*"))
+    for entry in leftovers:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    return len(leftovers)
+
+
+def sha256_of_file(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY_PREFIX}{os.urandom(6).hex()}-{path.name}")
+
+
+def _flush(path: Path) -> None:
+    """Have the system put a file's bytes, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: could not be written: {error.strerror or error}. Nothing half-written was left; "
+            "check the free space and the permissions of that folder, then call the same command again"
+        ) from error
