@@ -1,0 +1,146 @@
+"""The reconstruction losses with exact labels (Portrait4D, arXiv:2311.18729, eq. 4; weights and ranges of portrait4d, section 6.8).
+
+Every term compares a rendered head with the generator's own rendering of the same head: pictures, features, tri-plane features at
+points, depth and opacity. The perceptual, identity and adversarial terms need networks of their own and are not part of this file.
+
+One deliberate difference from the source: the foreground target is the generator's foreground before the background is added, not
+composite times opacity, which mixes background into every half-covered pixel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from head3d.networks.resample import resize_antialias
+from head3d.rendering import HeadImages
+from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from head3d.run.errors import ConfigError
+from reconstructor.batches import Batch
+
+# (identity-shaped, driven planes at points [B, N, 3]) -> features [B, N, C] or raw density [B, N]
+PlaneProbe = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class TermConfig:
+    """Weight of one loss term and the training images during which it counts."""
+
+    weight: NonNegativeFloat = 1.0  # 0 turns the term off; its labels are then not read
+    since: NonNegativeInt = 0  # images seen from which it counts
+    until: PositiveInt | None = None  # images seen from which it no longer counts; None = to the end
+
+    def active(self, images_seen: int) -> bool:
+        return self.weight > 0 and self.since <= images_seen and (self.until is None or images_seen < self.until)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothnessConfig:
+    """Density smoothness of the driven tri-planes (portrait4d, sections 3 and 6.8)."""
+
+    weight: NonNegativeFloat = 0.25  # times `every`, in the steps in which it runs; 0 turns it off
+    every: PositiveInt = 16  # training steps between two uses
+    points: PositiveInt = 1000  # a sample, uniform in the box (published: in [-1, 1]^3, mostly outside of it)
+    jitter: PositiveFloat = 0.0052  # standard deviation of the neighbour, scene units (0.004 of the box side)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of eq. 4. Defaults are the published run."""
+
+    image: TermConfig = TermConfig(1.0)  # L1 on final picture, raw picture, foreground RGB, background RGB (sum of four)
+    features: TermConfig = TermConfig(1.0, until=400_000)  # L1 on foreground features + L1 on background features
+    points: TermConfig = TermConfig(0.1, until=400_000)  # L1 on mean-plane features at the stored points
+    depth: TermConfig = TermConfig(1.0, until=400_000)  # L1 on ray distance (scene units) times the true opacity
+    opacity: TermConfig = TermConfig(0.3)  # L1 on opacity in [-1, 1]
+    smoothness: SmoothnessConfig = SmoothnessConfig()
+
+
+# What each term compares with: members of a target frame, as `ShardDataset.read` names them. {view} is the target's view.
+TERM_MEMBERS: dict[str, tuple[str, ...]] = {
+    "image": ("foreground", "background"),
+    "features": ("foreground", "identity.background"),
+    "points": ("points", "point_features"),
+    "depth": ("depth", "opacity"),
+    "opacity": ("opacity",),
+}
+
+
+def members_needed(config: LossConfig, images_seen: int) -> frozenset[str]:
+    """Label members that the terms active at `images_seen` compare with (the picture itself is always read)."""
+    terms = [term for term in TERM_MEMBERS if getattr(config, term).active(images_seen)]
+    return frozenset(member for term in terms for member in TERM_MEMBERS[term])
+
+
+def check_labels(config: LossConfig, available: Mapping[str, int], frames: int, where: str) -> None:
+    """Refuse to start if a term that will ever count has no labels.
+
+    available: how many of the `frames` training frames have each member.
+    Raises ConfigError naming the term, the member and the remedy.
+    """
+    for term, members in TERM_MEMBERS.items():
+        if getattr(config, term).weight == 0:
+            continue
+        for member in members:
+            count = available.get(member, 0)
+            if count < frames:
+                raise ConfigError(
+                    f"{where}: the loss losses.{term} compares with the member '{member}', but {count} of {frames} training frames "
+                    f"have it; generate the shards with this label for all of them, or switch the term off with --losses.{term}.weight 0"
+                )
+
+
+def _l1(value: Tensor, target: Tensor) -> Tensor:
+    assert value.shape == target.shape, f"loss compares {tuple(value.shape)} with {tuple(target.shape)}"
+    return (value - target).abs().mean()
+
+
+def reconstruction_losses(
+    config: LossConfig,
+    rendered: HeadImages,
+    batch: Batch,
+    point_features: PlaneProbe,  # features of the driven planes at posed points, after the neck stage
+    images_seen: int,
+) -> dict[str, Tensor]:
+    """The active terms, each already multiplied by its weight; their sum is what training minimises. Means over the batch.
+
+    The labels must have the rendering resolution R of `rendered` (the raw target is the picture resized to R with antialiasing).
+    """
+    terms: dict[str, Tensor] = {}
+    if config.image.active(images_seen):
+        raw = resize_antialias(batch.image, rendered.raw.shape[-1])
+        terms["image_final"] = config.image.weight * _l1(rendered.image, batch.image)
+        terms["image_raw"] = config.image.weight * _l1(rendered.raw, raw)
+        # Foregrounds are compared on the scale of pictures, [-1, 1]: twice the difference of sums in [0, 1].
+        terms["image_foreground"] = config.image.weight * 2 * _l1(rendered.foreground[:, :3], batch.foreground[:, :3])
+        terms["image_background"] = config.image.weight * _l1(rendered.background[:, :3], batch.background)
+    if config.features.active(images_seen):
+        foreground = 2 * _l1(rendered.foreground, batch.foreground)
+        terms["features"] = config.features.weight * (foreground + _l1(rendered.background, batch.background_features))
+    if config.points.active(images_seen):
+        terms["points"] = config.points.weight * _l1(point_features(batch.points), batch.point_features)
+    if config.depth.active(images_seen):
+        terms["depth"] = config.depth.weight * ((rendered.depth - batch.depth).abs() * batch.opacity).mean()
+    if config.opacity.active(images_seen):
+        terms["opacity"] = config.opacity.weight * 2 * _l1(rendered.opacity, batch.opacity)
+    return terms
+
+
+def smoothness_loss(
+    config: SmoothnessConfig,
+    raw_density: PlaneProbe,  # raw density [B, N] of the driven planes at points of the space without neck rotation
+    batch: int,
+    box_side: float,  # scene units
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """weight * every * mean |density(x) - density(x + jitter)| with x uniform in the box (portrait4d, section 3)."""
+    uniform = torch.rand(batch, config.points, 3, generator=generator, device=generator.device).to(device)
+    step = torch.randn(batch, config.points, 3, generator=generator, device=generator.device).to(device) * config.jitter
+    points = (uniform - 0.5) * box_side
+    densities = raw_density(torch.cat([points, points + step], dim=1))
+    here, there = densities.split(config.points, dim=1)
+    return config.weight * config.every * (here - there).abs().mean()

@@ -1,0 +1,169 @@
+"""The reconstructor: one picture and a motion -> tri-planes of that head in that motion, rendered at any camera.
+
+    source picture --architecture.encode_source--> SourceCode (features, background)        once per source
+    SourceCode, source motion, driving motion, switch --architecture.planes--> planes       once per driven frame
+    shape, driving motion --neck stage--> PosedHead (None while the neck is at rest)        once per driven frame
+    planes, PosedHead, camera --rays, decoder--> features, depth, opacity                   once per view
+    features + transmittance * background --superresolution--> picture
+
+The planes hold the head in its own shape and driven expression with the neck at rest; the neck stage brings posed points there
+(portrait4d, sections 2 and 6.6; arXiv:2311.18729).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from head3d.cameras import Camera, camera_rays, ray_bounds
+from head3d.deformation import Deformation, DeformationConfig, PosedHead
+from head3d.head_model import HeadModel, load_head_model
+from head3d.labels import Motion
+from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
+from head3d.rendering import FieldSamples, HeadImages, RaySampling, render_rays, to_picture
+from head3d.run.checkpoint import load_exported
+from head3d.run.config import PositiveInt
+from head3d.run.errors import AssetError
+from head3d.triplane import Decoder, sample_planes
+from reconstructor.architectures.portrait4d import Portrait4D, Portrait4DConfig
+
+EXPORT_KIND = "reconstructor"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructorConfig:
+    """Architecture and renderer. Defaults are the published run."""
+
+    architecture: Portrait4DConfig = Portrait4DConfig()  # encoders, motion blocks, plane decoder, background
+    decoder_hidden: PositiveInt = 64  # hidden units between plane features and colour or density
+    feature_channels: PositiveInt = 32  # rendered features, the first three are RGB; as the generator's
+    render_resolution: PositiveInt = 64  # rays per picture side, R
+    sampling: RaySampling = RaySampling()  # ray samples
+    deformation: DeformationConfig = DeformationConfig()  # neck stage
+    superresolution: SuperResolutionConfig = SuperResolutionConfig()  # R to the final picture; as the generator's
+
+
+class Reconstructor(nn.Module):
+    """Architecture, decoder, neck stage, renderer and super-resolution, called by name in `forward`."""
+
+    def __init__(self, config: ReconstructorConfig, head: HeadModel) -> None:
+        super().__init__()
+        self.config = config
+        self.head_model = head
+        self.deformation = Deformation(head, config.deformation)
+        self.architecture = Portrait4D(config.architecture)
+        self.decoder = Decoder(config.architecture.plane_channels, config.decoder_hidden, config.feature_channels)
+        self.superresolution = SuperResolution(config.superresolution)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The learned state: everything but the head model, which the configuration names."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(("head_model.", "deformation."))}
+
+    def load_weights(self, weights: dict[str, Tensor], where: str) -> None:
+        """Fill the learned state. Raises AssetError naming `where` and the keys or shapes that do not fit."""
+        own = self.weights()
+        missing, foreign = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+        shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+        if missing or foreign or shapes:
+            raise AssetError(
+                f"{where}: the weights do not fit this configuration: missing {missing[:3]}, unknown {foreign[:3]}, "
+                f"other shapes {shapes[:3]}; use the config.yaml that lies beside the weights"
+            )
+        self.load_state_dict(weights, strict=False)
+
+    def pose(self, shape: Tensor, motion: Motion) -> PosedHead | None:
+        """What the neck stage needs for shape [B, 300] and motion; None if every neck is at rest (the stage is then the identity)."""
+        if not bool(motion.neck_pose.any()):
+            return None
+        return self.deformation.prepare(shape, motion)
+
+    def _to_planes(self, points: Tensor, posed: PosedHead | None) -> Tensor:
+        """Posed points [B, N, 3] in the space of the planes; no gradient into the points."""
+        with torch.no_grad():
+            return points if posed is None else self.deformation.remove_neck(points, posed)
+
+    def point_features(self, planes: Tensor, points: Tensor, posed: PosedHead | None = None) -> Tensor:
+        """Mean-plane features [B, N, C] at posed points [B, N, 3]: what the plane-point label compares with."""
+        return sample_planes(planes, self._to_planes(points, posed), self.config.sampling.box_side)
+
+    def raw_density(self, planes: Tensor, points: Tensor) -> Tensor:
+        """Raw density [B, N] at points [B, N, 3] of the space of the planes."""
+        return self.decoder(sample_planes(planes, points, self.config.sampling.box_side))[1][..., 0]
+
+    def render(
+        self,
+        planes: Tensor,  # [B, 3, C, P, P] XY, YZ, ZX
+        background: Tensor,  # [B, C, b, b] in [0, 1]
+        posed: PosedHead | None,  # from `pose`
+        camera: Camera,
+        *,
+        generator: torch.Generator | None = None,  # None renders deterministically
+        resolution: int | None = None,  # rays per side; None = config.render_resolution
+    ) -> HeadImages:
+        """Render one picture per batch entry."""
+        sampling, side = self.config.sampling, resolution or self.config.render_resolution
+
+        def field(points: Tensor) -> FieldSamples:
+            lead = points.shape[:3]
+            colors, density = self.decoder(self.point_features(planes, points.flatten(1, 2), posed))
+            return FieldSamples(colors.reshape(*lead, -1), density.reshape(lead))
+
+        origins, directions = camera_rays(camera, side)
+        near, far = ray_bounds(camera, sampling.box_side)
+        rendered = render_rays(field, origins, directions, near, far, sampling, generator)
+        foreground = to_picture(rendered.colors, side)
+        transmittance = to_picture(rendered.transmittance, side)
+        behind = F.interpolate(background, size=(side, side), mode="bilinear", align_corners=False)
+        features = (foreground + transmittance * behind) * 2 - 1
+        raw = features[:, :3]
+        return HeadImages(
+            image=self.superresolution(raw, features, None),
+            raw=raw,
+            features=features,
+            foreground=foreground,
+            background=behind * 2 - 1,
+            depth=to_picture(rendered.depth, side),
+            opacity=1 - transmittance,
+            rays=rendered,
+        )
+
+    def forward(
+        self,
+        source_image: Tensor,  # [B, 3, H, W] in [-1, 1]
+        source_motion: Tensor,  # [B, D] motion vector of the source
+        driving_motion: Tensor,  # [B, D] motion vector of the driver
+        motion_scale: Tensor,  # [B] the disentangling switch; 0 takes the cross-attention out, 1 leaves it
+        shape: Tensor,  # [B, 300] of the source, for the neck stage
+        motion: Motion,  # of the driver, for the neck stage
+        camera: Camera,
+        *,
+        generator: torch.Generator | None = None,
+        resolution: int | None = None,
+    ) -> tuple[HeadImages, Tensor]:
+        """Everything in one call. Returns the pictures and the driven planes [B, 3, C, P, P]."""
+        source = self.architecture.encode_source(source_image)
+        planes = self.architecture.planes(source, source_motion, driving_motion, motion_scale)
+        posed = self.pose(shape, motion)
+        return self.render(planes, source.background, posed, camera, generator=generator, resolution=resolution), planes
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructorExport:
+    """What config.yaml beside exported weights holds."""
+
+    head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
+    model: ReconstructorConfig = ReconstructorConfig()  # the network
+
+
+def load_reconstructor(folder: str, device: torch.device | str = "cpu") -> Reconstructor:
+    """The exported reconstructor in `folder` (model.safetensors, config.yaml), in evaluation mode without gradients.
+
+    Raises AssetError if a file is missing, damaged or does not fit.
+    """
+    weights, config = load_exported(folder, ReconstructorExport, EXPORT_KIND)
+    model = Reconstructor(config.model, load_head_model(config.head_model))
+    model.load_weights(weights, str(folder))
+    return model.to(device).eval().requires_grad_(False)
