@@ -1,0 +1,216 @@
+"""GenHead: (z, shape) -> tri-planes in canonical space, deformed part-wise by a head model, rendered at any camera.
+
+    z, condition camera, shape --mapping--> ws --backbone--> planes T_p, T_h        once per identity
+    z ------------------------background_network---------> background features      once per identity
+    shape, motion ------------head model, deformation----> PosedHead                once per motion
+    PosedHead, camera --------rasterised eye and mouth masks, rays, PartField------> features, depth, opacity
+    features + transmittance * background --superresolution--> picture
+
+Portrait4D, section 1 (arXiv:2311.18729). One integration per ray over per-sample blended branches, as in the released code; the
+paper's text blends two rendered feature maps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genhead.background import BackgroundConfig, BackgroundGenerator
+from genhead.field import FieldPass, PartField
+from head3d.cameras import Camera, camera_rays, ray_bounds
+from head3d.deformation import Deformation, DeformationConfig, PosedHead
+from head3d.head_model import HeadModel, load_head_model
+from head3d.labels import SHAPE_SIZE, Motion
+from head3d.networks.stylegan2 import Mapping, Synthesis
+from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
+from head3d.rasterize import part_masks
+from head3d.rendering import HeadImages, RaySampling, render_rays, to_picture
+from head3d.run.checkpoint import load_exported
+from head3d.run.config import PositiveInt
+from head3d.run.errors import AssetError
+from head3d.triplane import Decoder, sample_planes
+
+EXPORT_KIND = "genhead"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenHeadConfig:
+    """Widths and resolutions. Defaults are the published 512 x 512 network."""
+
+    z_dim: PositiveInt = 512  # latent size
+    w_dim: PositiveInt = 512  # style size
+    mapping_layers: PositiveInt = 2  # fully connected layers of the mapping network
+    plane_resolution: PositiveInt = 256  # side of a feature plane
+    plane_channels: PositiveInt = 32  # features per plane
+    feature_channels: PositiveInt = 32  # rendered features, the first three are RGB
+    decoder_hidden: PositiveInt = 64  # hidden units between plane features and colour or density
+    channel_base: PositiveInt = 32768  # backbone channels at resolution r: min(channel_base / r, channel_max)
+    channel_max: PositiveInt = 512  # most channels of a backbone layer
+    render_resolution: PositiveInt = 64  # rays per picture side, R
+    image_resolution: PositiveInt = 512  # final picture side, S
+    mask_resolution: PositiveInt = 512  # side at which eye and mouth masks are rasterised before they are reduced to R
+    sampling: RaySampling = RaySampling()  # ray samples
+    deformation: DeformationConfig = DeformationConfig()  # posed to canonical points
+    background: BackgroundConfig = BackgroundConfig()  # background network
+    superresolution: SuperResolutionConfig = SuperResolutionConfig()  # R to S
+    published: bool = False  # keep the quirks of the published code (needed for its checkpoints)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenHeadOutput:
+    """Pictures and what the field saw while rendering them."""
+
+    images: HeadImages
+    passes: tuple[FieldPass, ...]  # coarse, then importance samples
+
+
+class GenHead(nn.Module):
+    """The generator. `config` and `head` are the only collaborators; both travel with every checkpoint."""
+
+    def __init__(self, config: GenHeadConfig, head: HeadModel) -> None:
+        super().__init__()
+        self.config = config
+        self.head_model = head
+        self.deformation = Deformation(head, config.deformation)
+        channels = 2 * 3 * config.plane_channels
+        self.backbone = Synthesis(
+            config.w_dim, config.plane_resolution, channels, channel_base=config.channel_base, channel_max=config.channel_max
+        )
+        self.mapping = Mapping(
+            config.z_dim, 25 + SHAPE_SIZE, config.w_dim, self.backbone.num_ws, layers=config.mapping_layers
+        )
+        self.background_network = BackgroundGenerator(config.background)
+        self.decoder = Decoder(config.plane_channels, config.decoder_hidden, config.feature_channels)
+        self.superresolution = SuperResolution(config.superresolution)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The learned state: everything but the head model, which is named by the configuration and stored once."""
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if not name.startswith(("head_model.", "deformation."))
+        }
+
+    def load_weights(self, weights: dict[str, Tensor], where: str) -> None:
+        """Fill the learned state. Raises AssetError naming `where` and the keys or shapes that do not fit."""
+        own = self.weights()
+        missing, foreign = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+        shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+        if missing or foreign or shapes:
+            raise AssetError(
+                f"{where}: the weights do not fit this configuration: missing {missing[:3]}, unknown {foreign[:3]}, "
+                f"other shapes {shapes[:3]}; use the config.yaml that lies beside the weights"
+            )
+        self.load_state_dict(weights, strict=False)
+
+    def map(self, z: Tensor, condition_camera: Tensor, shape: Tensor, truncation_psi: float = 1.0, update_average: bool = False) -> Tensor:
+        """z [B, z_dim], condition camera label [B, 25], shape [B, 300] -> styles ws [B, L, w_dim] (section 1, "mapping")."""
+        condition = torch.cat([condition_camera, shape], dim=1)
+        return self.mapping(z, condition, truncation_psi=truncation_psi, update_average=update_average)
+
+    def planes(self, ws: Tensor, noise: str = "constant", generator: torch.Generator | None = None) -> Tensor:
+        """Styles -> planes [B, 2, 3, C, P, P]: [:, 0] part planes (eyes, mouth), [:, 1] head planes."""
+        planes = self.backbone(ws, noise=noise, generator=generator)
+        return planes.reshape(planes.shape[0], 2, 3, self.config.plane_channels, *planes.shape[2:])
+
+    def background(self, z: Tensor) -> Tensor:
+        """z [B, z_dim] -> background features [B, C, b, b] in [0, 1]; the same z drives head and background."""
+        return self.background_network(z)
+
+    def pose(self, shape: Tensor, motion: Motion) -> PosedHead:
+        """Meshes and tables of one shape [B, 300] in one motion; no gradient."""
+        return self.deformation.prepare(shape, motion)
+
+    def render(
+        self,
+        planes: Tensor,  # [B, 2, 3, C, P, P]
+        background: Tensor,  # [B, C, b, b] in [0, 1]
+        posed: PosedHead,
+        camera: Camera,
+        *,
+        generator: torch.Generator | None = None,  # None renders deterministically
+        resolution: int | None = None,  # rays per side; None = config.render_resolution
+    ) -> GenHeadOutput:
+        """Render one picture per batch entry."""
+        config, side = self.config, resolution or self.config.render_resolution
+        masks = part_masks(
+            self.head_model, posed.vertices_posed, camera, side, raster_resolution=config.mask_resolution, published=config.published
+        )
+        origins, directions = camera_rays(camera, side)
+        near, far = ray_bounds(camera, config.sampling.box_side)
+        field = PartField(
+            planes,
+            self.decoder,
+            self.deformation,
+            posed,
+            eye_mask=masks.eye.flatten(1),
+            mouth_mask=masks.mouth.flatten(1),
+            box_side=config.sampling.box_side,
+            fuse_mouth=side > 64,
+        )
+        rendered = render_rays(field, origins, directions, near, far, config.sampling, generator)
+        foreground = to_picture(rendered.colors, side)
+        transmittance = to_picture(rendered.transmittance, side)
+        behind = F.interpolate(background, size=(side, side), mode="bilinear", align_corners=False)
+        features = (foreground + transmittance * behind) * 2 - 1
+        raw = features[:, :3]
+        images = HeadImages(
+            image=self.superresolution(raw, features, None),
+            raw=raw,
+            features=features,
+            foreground=foreground,
+            background=behind * 2 - 1,
+            depth=to_picture(rendered.depth, side),
+            opacity=1 - transmittance,
+            rays=rendered,
+            eye_mask=masks.eye,
+            mouth_mask=masks.mouth,
+        )
+        return GenHeadOutput(images, tuple(field.passes))
+
+    def sample_head_features(self, planes: Tensor, points_without_neck: Tensor, posed: PosedHead) -> Tensor:
+        """Features [B, N, C] of the head planes T_h at the canonical positions of points [B, N, 3] (the plane-point label)."""
+        canonical = self.deformation.to_canonical(points_without_neck, posed, "head")
+        return sample_planes(planes[:, 1], canonical, self.config.sampling.box_side)
+
+    def forward(
+        self,
+        z: Tensor,  # [B, z_dim] ~ N(0, 1)
+        shape: Tensor,  # [B, 300]
+        motion: Motion,
+        camera: Camera,
+        *,
+        condition_camera: Tensor | None = None,  # [B, 25]; None = the rendering camera's label
+        truncation_psi: float = 1.0,
+        noise: str = "constant",
+        generator: torch.Generator | None = None,
+        update_average: bool = False,
+    ) -> GenHeadOutput:
+        """Everything in one call; data generation calls the stages and keeps what an identity shares."""
+        condition = camera.label() if condition_camera is None else condition_camera
+        ws = self.map(z, condition, shape, truncation_psi, update_average)
+        posed = self.pose(shape, motion)
+        return self.render(self.planes(ws, noise, generator), self.background(z), posed, camera, generator=generator)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenHeadExport:
+    """What config.yaml beside exported weights holds."""
+
+    head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
+    model: GenHeadConfig = GenHeadConfig()  # the network
+
+
+def load_genhead(folder: str | Path, device: torch.device | str = "cpu") -> GenHead:
+    """The exported generator in `folder` (model.safetensors, config.yaml), in evaluation mode without gradients.
+
+    Raises AssetError if a file is missing, damaged or does not fit.
+    """
+    weights, config = load_exported(folder, GenHeadExport, EXPORT_KIND)
+    genhead = GenHead(config.model, load_head_model(config.head_model))
+    genhead.load_weights(weights, str(folder))
+    return genhead.to(device).eval().requires_grad_(False)
