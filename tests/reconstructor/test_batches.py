@@ -1,0 +1,219 @@
+"""The order of training samples, what is read of them, and how errors and ends surface."""
+
+import collections
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from head3d.run.errors import ConfigError, DataError
+from reconstructor.batches import BatchConfig, BatchStream, ItemOrder
+
+SIDE, RAYS, CHANNELS, POINTS, VIEWS = 8, 4, 5, 6, 3
+
+
+class Frame(NamedTuple):
+    key: str
+    shard: int
+    identity: int
+    motion: int
+    kind: str
+    split: str
+    views: int
+
+
+def make_frames(static=6, dynamic=5, motions=3, per_shard=4, views=VIEWS):
+    rows = [(identity, 0, "static") for identity in range(static)]
+    rows += [(static + identity, motion, "dynamic") for identity in range(dynamic) for motion in range(motions)]
+    rows += [(99, motion, "dynamic") for motion in range(motions)]
+    return [
+        Frame(f"{n // per_shard:06d}{n % per_shard:04d}", n // per_shard, identity, motion, kind, "test" if identity == 99 else "train", views)
+        for n, (identity, motion, kind) in enumerate(rows)
+    ]
+
+
+class FakeDataset:
+    """Arrays that say which frame and view they come from; remembers what was read."""
+
+    def __init__(self, frames, broken=None, delay=0.0):
+        self.frames, self.broken, self.delay = frames, broken, delay
+        self.asked = collections.Counter()
+        self._lock = threading.Lock()
+
+    def read(self, entry, members):
+        with self._lock:
+            self.asked.update(members)
+        time.sleep(self.delay)
+        number = self.frames.index(entry)
+        if number == self.broken:
+            raise DataError(f"frames/{entry.shard:06d}.tar: sample {entry.key} is damaged")
+        views = np.arange(entry.views, dtype=np.float32)
+        label = np.zeros((entry.views, 437), np.float32)
+        label[:, 25] = entry.identity
+        label[:, 325] = entry.motion
+        label[:, 3] = views
+        arrays = {
+            "label": label,
+            "opacity": np.ones((entry.views, RAYS, RAYS), np.float32) * views[:, None, None],
+            "depth": np.ones((entry.views, RAYS, RAYS), np.float32) * (views[:, None, None] + number),
+            "foreground": np.ones((entry.views, CHANNELS, RAYS, RAYS), np.float32) * views[:, None, None, None],
+            "background": np.full((RAYS, RAYS, 3), 255, np.uint8),
+            "identity.background": np.full((CHANNELS, RAYS, RAYS), 0.75, np.float32),
+            "points": np.ones((entry.views, POINTS, 3), np.float32) * views[:, None, None],
+            "point_features": np.ones((entry.views, POINTS, CHANNELS), np.float32) * views[:, None, None],
+        }
+        for view in range(entry.views):
+            arrays[f"rgb.{view}"] = np.full((SIDE, SIDE, 3), number * 5 + view, np.uint8)
+        return {name: arrays[name] for name in members}
+
+
+ALL = frozenset({"opacity", "depth", "foreground", "background", "identity.background", "points", "point_features"})
+
+
+def stream(dataset, size=8, members=ALL, seed=3, share=0.5, threads=2, **settings):
+    config = BatchConfig(size=size, static_share=share, shuffle_window=2, threads=threads, prefetch=2)
+    return BatchStream(dataset, config, seed, lambda seen: members, **settings)
+
+
+def take(dataset, count, **settings):
+    with stream(dataset, **settings) as batches:
+        return [next(batches) for _ in range(count)]
+
+
+def test_every_batch_holds_an_exact_half_of_each_kind_and_the_switch_travels_with_the_sample():
+    dataset = FakeDataset(make_frames())
+    static_identities = set(range(6))
+    for batch in take(dataset, 12):
+        assert batch.motion_scale.tolist().count(0.0) == 4
+        for scale, identity in zip(batch.motion_scale.tolist(), batch.identity.tolist()):
+            assert (scale == 0.0) == (identity in static_identities)
+
+
+def test_static_items_share_the_motion_and_differ_in_the_view_and_dynamic_items_differ_in_the_motion():
+    order = ItemOrder(make_frames(), BatchConfig(size=8), seed=1)
+    seen_views = set()
+    for position in range(400):
+        item = order.item(position)
+        source, target = order.frames[item.source], order.frames[item.target]
+        assert source.identity == target.identity and target.split == "train"
+        if item.static:
+            assert source is target and item.source_view != item.target_view
+        else:
+            assert source.motion != target.motion
+            seen_views.add((item.source_view, item.target_view))
+    assert len(seen_views) == VIEWS * VIEWS
+
+
+def test_other_splits_are_never_drawn():
+    assert all(99 not in batch.identity.tolist() for batch in take(FakeDataset(make_frames()), 20))
+    held_out = take(FakeDataset(make_frames()), 2, share=0.0, split="test")
+    assert {identity for batch in held_out for identity in batch.identity.tolist()} == {99}
+
+
+def test_an_epoch_of_each_kind_visits_every_frame_once_and_the_next_in_another_order():
+    frames = make_frames()
+    order = ItemOrder(frames, BatchConfig(size=8), seed=1)
+    targets = {kind: [order.item(n).target for n in range(4000) if order.item(n).static is kind] for kind in (True, False)}
+    for kind, count in ((True, 6), (False, 15)):
+        first, second = targets[kind][:count], targets[kind][count : 2 * count]
+        assert len(set(first)) == count and set(first) == set(second) and first != second
+
+
+def test_the_order_is_a_pure_function_of_seed_and_position():
+    frames = make_frames()
+    forward, backward = (ItemOrder(frames, BatchConfig(size=8), seed=1) for _ in range(2))
+    expected = [forward.item(n) for n in range(300)]
+    assert [backward.item(n) for n in reversed(range(300))] == expected[::-1]
+    assert [ItemOrder(frames, BatchConfig(size=8), seed=2).item(n) for n in range(300)] != expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_resume_at_any_position_with_any_number_of_ranks_and_threads_gives_the_same_batches(world_size):
+    dataset = FakeDataset(make_frames())
+    whole = take(dataset, 5)
+    parts = [take(dataset, 2, samples_seen=24, rank=r, world_size=world_size, threads=r % 3) for r in range(world_size)]
+    for step in range(2):
+        expected = whole[3 + step]
+        for rank in range(world_size):
+            got, wanted = parts[rank][step], expected.select(slice(rank, None, world_size))
+            assert len(got) == 8 // world_size
+            assert torch.equal(got.image, wanted.image) and torch.equal(got.source_image, wanted.source_image)
+            assert torch.equal(got.label, wanted.label) and torch.equal(got.motion_scale, wanted.motion_scale)
+            assert got.motion_scale.sum() == 4 / world_size  # both kinds on every rank
+
+
+def test_the_state_counts_what_was_handed_out_and_not_what_was_decoded_ahead():
+    with stream(FakeDataset(make_frames())) as batches:
+        next(batches)
+        assert batches.samples_seen == 8
+
+
+def test_a_sample_holds_the_labels_of_the_target_view_in_the_units_of_training():
+    dataset = FakeDataset(make_frames())
+    batch = take(dataset, 1, driver_image=True)[0]
+    for n in range(len(batch)):
+        view = batch.label[n, 3].item()
+        pixel = round((batch.image[n, 0, 0, 0].item() + 1) * 127.5)
+        number = pixel // 5
+        assert pixel % 5 == view and dataset.frames[number].identity == batch.identity[n]
+        assert batch.depth[n].unique().tolist() == [number + view] and batch.depth[n].shape == (1, RAYS, RAYS)
+        assert batch.opacity[n].unique().tolist() == [view]
+        assert batch.foreground[n].unique().tolist() == [view] and batch.foreground[n].shape == (CHANNELS, RAYS, RAYS)
+        assert batch.points[n].unique().tolist() == [view] and batch.point_features[n].unique().tolist() == [view]
+        driver = round((batch.driver_image[n, 0, 0, 0].item() + 1) * 127.5) // 5
+        assert driver == number
+        assert batch.driving_motion[n, 0] == batch.label[n, 325] == dataset.frames[number].motion
+        source = round((batch.source_image[n, 0, 0, 0].item() + 1) * 127.5) // 5
+        assert batch.source_motion[n, 0] == dataset.frames[source].motion
+    assert batch.background.unique().tolist() == [1.0] and batch.background_features.unique().tolist() == [0.5]
+
+
+def test_only_the_members_asked_for_are_read():
+    dataset = FakeDataset(make_frames())
+    batch = take(dataset, 1, members=frozenset({"opacity"}), threads=0)[0]
+    assert {name for name in dataset.asked if not name.startswith("rgb.")} == {"label", "opacity"}
+    assert sum(count for name, count in dataset.asked.items() if name.startswith("rgb.")) == 16  # source and target, 8 samples
+    assert batch.depth is None and batch.foreground is None and batch.points is None
+
+
+def test_the_members_may_change_on_the_way():
+    config = BatchConfig(size=8, threads=2, prefetch=3)
+    with BatchStream(FakeDataset(make_frames()), config, 0, lambda seen: {"depth"} if seen < 16 else set()) as batches:
+        assert [next(batches).depth is None for _ in range(4)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_damaged_sample_is_an_error_of_its_own_batch_and_closing_still_works(threads):
+    dataset = FakeDataset(make_frames(), broken=2)
+    batches = stream(dataset, size=2, threads=threads)
+    with pytest.raises(DataError, match="is damaged"):
+        for _ in range(100):
+            next(batches)
+    batches.close()
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_decoding_ahead_is_bounded():
+    dataset = FakeDataset(make_frames())
+    with stream(dataset, members=frozenset()) as batches:
+        next(batches)
+        time.sleep(0.1)
+        assert dataset.asked["label"] <= 2 * 8 * 2  # two batches of eight, two reads at most a sample
+
+
+def test_impossible_settings_are_refused_with_the_remedy():
+    frames = make_frames()
+    with pytest.raises(ConfigError, match="whole numbers"):
+        ItemOrder(frames, BatchConfig(size=3), seed=0)
+    with pytest.raises(ConfigError, match="not divisible by 3 ranks"):
+        stream(FakeDataset(frames), world_size=3)
+    with pytest.raises(ConfigError, match="no frame of the split 'train' is of kind 'static'"):
+        ItemOrder(make_frames(static=0), BatchConfig(size=8), seed=0)
+    with pytest.raises(ConfigError, match="no identity of the split 'train' has two motions"):
+        ItemOrder(make_frames(motions=1), BatchConfig(size=8), seed=0)
+    with pytest.raises(DataError, match="no frame of the split 'val'"):
+        ItemOrder(frames, BatchConfig(size=8), seed=0, split="val")
