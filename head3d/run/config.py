@@ -109,15 +109,17 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(kind)
 
 
-def _validate(kind: Any, values: Any, where: str, prefix: str = "") -> Any:
-    """`values` as `kind`, which is a dataclass or a field's type under the dotted key `prefix`."""
-    problems = [text for key, text in _unknown_keys(kind, values, prefix)]
+def _validate(kind: Any, values: Any, where: str, prefix: str = "", absent: Sequence[str] = ()) -> Any:
+    """`values` as `kind`: a dataclass, or a field's type under the dotted key `prefix`. None if only keys in `absent` are missing."""
+    problems = list(_unknown_keys(kind, values, prefix))
     if not problems:
         try:
             # JSON and not Python input: there, strict mode still lets a list be a tuple and text be a path
             return _adapter(kind).validate_json(json.dumps(values), strict=True)
         except pydantic.ValidationError as error:
-            problems = _explain(error, kind, prefix)
+            problems = _explain(error, kind, prefix, absent)
+            if not problems:
+                return None
         except TypeError as error:
             raise ConfigError(f"{where}: settings are text, numbers, true, false, null, lists and mappings; {error}") from error
     raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
@@ -127,13 +129,11 @@ def _from_partial(config_class: type[Config], values: dict[str, Any], where: str
     """A config for tyro's defaults, where fields that are required and not in `values` are `missing` for the command line to give."""
     fields = dataclasses.fields(config_class)
     absent = [f.name for f in fields if f.name not in values and _is_required(f)]
-    if not absent:
-        return _validate(config_class, values, where)
+    config = _validate(config_class, values, where, absent=absent)
+    if config is not None:
+        return config
     hints = typing.get_type_hints(config_class, include_extras=True)
-    problems = [text for key, text in _unknown_keys(config_class, values, "")]
-    if problems:
-        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
-    partial = object.__new__(config_class)  # its own checks wait for the whole
+    config = object.__new__(config_class)  # without its own checks, which wait for the whole
     for f in fields:
         if f.name in absent:
             value = missing
@@ -141,8 +141,8 @@ def _from_partial(config_class: type[Config], values: dict[str, Any], where: str
             value = _validate(hints[f.name], values[f.name], where, f.name)
         else:
             value = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        object.__setattr__(partial, f.name, value)
-    return partial
+        object.__setattr__(config, f.name, value)
+    return config
 
 
 def _capitalise_booleans(config_class: type, arguments: Sequence[str]) -> list[str]:
@@ -172,8 +172,8 @@ def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _unknown_keys(kind: Any, values: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, message) of each key in `values` that the dataclasses in `kind` do not have. pydantic drops them silently."""
+def _unknown_keys(kind: Any, values: Any, prefix: str) -> Iterator[str]:
+    """A message for each key in `values` that the dataclasses in `kind` do not have. pydantic drops them silently."""
     for config_class in _dataclasses_in(kind):
         if isinstance(values, dict):
             hints = typing.get_type_hints(config_class, include_extras=True)
@@ -184,7 +184,7 @@ def _unknown_keys(kind: Any, values: Any, prefix: str) -> Iterator[tuple[str, st
                 else:
                     close = difflib.get_close_matches(str(key), hints, n=3)
                     hint = f"did you mean {' or '.join(close)}? " if close else ""
-                    yield dotted, f"unknown key {dotted} (value {_short(value)}); {hint}allowed here: {', '.join(hints)}"
+                    yield f"unknown key {dotted} (value {_short(value)}); {hint}allowed here: {', '.join(hints)}"
         elif isinstance(values, list):
             for index, value in enumerate(values):
                 yield from _unknown_keys(config_class, value, f"{prefix}[{index}]")
@@ -200,12 +200,14 @@ def _dataclasses_in(kind: Any) -> list[type]:
     return []
 
 
-def _explain(error: pydantic.ValidationError, kind: Any, prefix: str) -> list[str]:
-    """One line a wrong key: the key, what is expected, what was found."""
+def _explain(error: pydantic.ValidationError, kind: Any, prefix: str, absent: Sequence[str]) -> list[str]:
+    """One line a wrong key, but for missing ones in `absent`: the key, what is expected, what was found."""
     expected: dict[str, list[str]] = {}
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         key = _dotted_key(problem["loc"], kind, prefix)
+        if problem["type"] == "missing" and key in absent:
+            continue
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         expected.setdefault(key, []).append("a value, it has no default" if problem["type"] == "missing" else message)
         found[key] = "nothing" if problem["type"] == "missing" else _short(problem["input"])
