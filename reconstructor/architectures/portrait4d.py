@@ -1,0 +1,145 @@
+"""Portrait4D's animatable tri-plane reconstructor Psi (arXiv:2311.18729, section 3.3): one image and two motion vectors -> tri-planes and a background.
+
+The planes hold the source's identity with the driver's expression and a straight neck; the renderer bends the neck.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from head3d.run.config import PositiveInt
+from head3d.run.errors import ConfigError
+from reconstructor.background import BackgroundConfig, BackgroundNetwork
+from reconstructor.blocks import FeatureHead, MotionBlock, PatchEmbed, PlaneDecoder, initialize, with_coordinates
+from reconstructor.encoders import DetailEncoder, GlobalEncoder, GlobalEncoderConfig
+from reconstructor.motion import IMAGE_MOTION_SIZE, MotionTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Portrait4DConfig:
+    """Widths and depths of the reconstructor. Defaults are the published run (512 x 512 images, planes of 256 x 256)."""
+
+    image_resolution: PositiveInt = 512  # of the source image, pixels; planes have half of it
+    motion_dim: PositiveInt = IMAGE_MOTION_SIZE  # length of a motion vector; 109 for FLAME motion
+    global_encoder: GlobalEncoderConfig = GlobalEncoderConfig()
+    detail_stem_width: PositiveInt = 64  # channels of the detail encoder's first convolution
+    detail_width: PositiveInt = 96  # channels of the detail features
+    detail_layers: PositiveInt = 4  # 3x3 convolutions of the detail encoder
+    token_width: PositiveInt = 1024  # channels of a token in every transformer block
+    heads: PositiveInt = 4  # attention heads of the motion blocks
+    feed_forward_ratio: PositiveInt = 2  # hidden width of the Mix-FFN over the token width
+    motion_hidden: PositiveInt = 512  # hidden width of the two motion projections
+    motion_tokens: PositiveInt = 64  # tokens a motion vector becomes
+    deexpression_blocks: PositiveInt = 4  # blocks that take the source's own expression out
+    reenactment_blocks: PositiveInt = 4  # blocks that put the driver's expression in
+    feature_hidden: PositiveInt = 128  # channels between tokens and features
+    feature_width: PositiveInt = 96  # channels of the reenacted features
+    decoder_hidden: PositiveInt = 128  # channels of the plane decoder's convolutions (the first of each group has twice as many)
+    decoder_blocks: PositiveInt = 1  # transformer blocks of the plane decoder
+    decoder_heads: PositiveInt = 2  # their attention heads
+    decoder_reduction: PositiveInt = 2  # their keys are merged this many times per axis
+    plane_channels: PositiveInt = 32  # channels of each of the three planes, and of the background
+    background: BackgroundConfig = BackgroundConfig()
+
+    def __post_init__(self) -> None:
+        for name, heads in (("heads", self.heads), ("decoder_heads", self.decoder_heads)):
+            if self.token_width % (4 * heads):
+                raise ConfigError(
+                    f"portrait4d: token_width {self.token_width} cannot be split into 4 x {name} ({heads}); "
+                    f"choose a multiple of {4 * heads} (4 for the pixel shuffle)"
+                )
+        need = max(2 * self.global_encoder.output_stride, 4 * self.decoder_reduction, 2 ** (1 + self.background.levels))
+        if self.image_resolution % need:
+            raise ConfigError(
+                f"portrait4d: image_resolution {self.image_resolution} must be a multiple of {need} "
+                "(patches of the global encoder, key reduction of the plane decoder, levels of the background U-Net)"
+            )
+
+    @property
+    def plane_resolution(self) -> int:
+        """Side of a plane, in pixels."""
+        return self.image_resolution // 2
+
+
+class SourceCode(NamedTuple):
+    """What is computed from the source image alone, once per source."""
+
+    global_features: Tensor  # [B, G, H/stride, W/stride] >= 0
+    detail: Tensor  # [B, D, H/2, W/2]
+    background: Tensor  # [B, C, H, W] in [0, 1]
+
+
+class Portrait4D(nn.Module):
+    """source image, source motion, driving motion, switch -> planes.
+
+    image -> encode_source -> SourceCode -> deexpress(source motion) -> canonical tokens     once per source
+                                            reenact(driving motion)  -> planes               once per frame
+
+    The switch `motion_scale` [B] multiplies the residual of every cross-attention of its sample: 1 reenacts, 0 reconstructs the picture as it is, and
+    then neither motion vector has any effect.
+    """
+
+    def __init__(self, config: Portrait4DConfig, generator: torch.Generator | None = None):
+        """`generator` draws the initial weights (None: torch's global generator)."""
+        super().__init__()
+        self.config = c = config
+        self.global_encoder = GlobalEncoder(c.global_encoder)
+        self.detail_encoder = DetailEncoder(c.detail_stem_width, c.detail_width, c.detail_layers)
+        self.patch_embed = PatchEmbed(c.global_encoder.out_width, c.token_width)
+        self.source_motion = MotionTokens(c.motion_dim, c.motion_hidden, c.motion_tokens, c.token_width)
+        self.driving_motion = MotionTokens(c.motion_dim, c.motion_hidden, c.motion_tokens, c.token_width)
+        self.deexpression = nn.ModuleList(MotionBlock(c.token_width, c.heads, c.feed_forward_ratio) for _ in range(c.deexpression_blocks))
+        self.reenactment = nn.ModuleList(MotionBlock(c.token_width, c.heads, c.feed_forward_ratio) for _ in range(c.reenactment_blocks))
+        doublings = {8: 2, 4: 1}[c.global_encoder.output_stride]  # from there to half the image
+        self.feature_head = FeatureHead(c.token_width, c.feature_hidden, c.feature_width, doublings)
+        self.plane_decoder = PlaneDecoder(
+            feature_width=c.feature_width,
+            detail_width=c.detail_width,
+            hidden=c.decoder_hidden,
+            token_width=c.token_width,
+            plane_channels=c.plane_channels,
+            blocks=c.decoder_blocks,
+            heads=c.decoder_heads,
+            ratio=c.feed_forward_ratio,
+            reduction=c.decoder_reduction,
+        )
+        self.background = BackgroundNetwork(c.background, c.plane_channels)
+        initialize(self, c.token_width, generator)
+        self.global_encoder.temper_residuals()
+
+    def encode_source(self, image: Tensor) -> SourceCode:
+        """image [B, 3, H, W] in [-1, 1], H = W = config.image_resolution."""
+        side = self.config.image_resolution
+        assert image.shape[1:] == (3, side, side), f"source image is {tuple(image.shape)}, expected [B, 3, {side}, {side}]"
+        placed = with_coordinates(image)
+        return SourceCode(self.global_encoder(placed), self.detail_encoder(placed), self.background(placed))
+
+    def deexpress(self, source: SourceCode, source_motion: Tensor, motion_scale: Tensor) -> Tensor:
+        """Take the source's expression out (Phi_de). source_motion [B, motion_dim], motion_scale [B] -> canonical tokens [B, T, token_width]; once per source."""
+        tokens, grid = self.patch_embed(source.global_features)
+        motion_tokens = self.source_motion(source_motion)
+        for block in self.deexpression:
+            tokens = block(tokens, grid, motion_tokens, motion_scale)
+        return tokens
+
+    def reenact(self, canonical_tokens: Tensor, source: SourceCode, driving_motion: Tensor, motion_scale: Tensor) -> Tensor:
+        """Put the driver's expression in (Phi_re) and decode (G_T): -> planes [B, 3, C, P, P] (XY, YZ, ZX); once per frame.
+
+        canonical_tokens [B, T, token_width] from deexpress; driving_motion [B, motion_dim]; motion_scale [B].
+        """
+        tokens, grid = canonical_tokens, self._token_grid(source)
+        motion_tokens = self.driving_motion(driving_motion)
+        for block in self.reenactment:
+            tokens = block(tokens, grid, motion_tokens, motion_scale)
+        return self.plane_decoder(self.feature_head(tokens, grid), source.detail)
+
+    def planes(self, source: SourceCode, source_motion: Tensor, driving_motion: Tensor, motion_scale: Tensor) -> Tensor:
+        """Planes [B, 3, C, P, P] of the source with the driver's expression: deexpress, then reenact."""
+        return self.reenact(self.deexpress(source, source_motion, motion_scale), source, driving_motion, motion_scale)
+
+    @staticmethod
+    def _token_grid(source: SourceCode) -> tuple[int, int]:
+        height, width = source.global_features.shape[2:]
+        return height // 2, width // 2

@@ -1,0 +1,25 @@
+"""Motion vectors and the tokens that attention reads them as."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGE_MOTION_SIZE = 548  # eyes 6, emotion 30, mouth features 512: what a motion encoder reads off a picture (Portrait4D); FLAME's is labels.MOTION_VECTOR_SIZE
+
+
+class MotionTokens(nn.Module):
+    """Motion vector [B, motion_dim] -> tokens [B, count, width]: two linear layers with leaky ReLU (0.01), then one linear layer to all tokens at once.
+
+    Nothing is assumed about the vector except its length; it is not normalised here.
+    """
+
+    def __init__(self, motion_dim: int, hidden: int, count: int, width: int):
+        super().__init__()
+        self.motion_dim, self.count = motion_dim, count
+        self.first = nn.Linear(motion_dim, hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.tokens = nn.Linear(hidden, count * width)
+
+    def forward(self, motion: Tensor) -> Tensor:
+        assert motion.shape[1] == self.motion_dim, f"motion has {motion.shape[1]} numbers, this network reads {self.motion_dim}"
+        hidden = F.leaky_relu(self.second(F.leaky_relu(self.first(motion), 0.01)), 0.01)
+        return self.tokens(hidden).unflatten(1, (self.count, -1))
