@@ -169,6 +169,7 @@ class GenHead(nn.Module):
             rays=rendered,
             eye_mask=masks.eye,
             mouth_mask=masks.mouth,
+            head_mask=masks.head,
         )
         return GenHeadOutput(images, tuple(field.passes))
 

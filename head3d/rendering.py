@@ -69,6 +69,7 @@ class HeadImages:
     rays: Rendered  # per-ray detail: weights, distances, densities
     eye_mask: Tensor | None = None  # [B, 1, R, R] in [0, 1]
     mouth_mask: Tensor | None = None  # [B, 1, R, R] in [0, 1]
+    head_mask: Tensor | None = None  # [B, 1, R, R] in [0, 1], the mesh, eyes and mouth included
 
 
 def stratified_depths(near: Tensor, far: Tensor, rays: int, samples: int, generator: torch.Generator | None) -> Tensor:
