@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -42,3 +44,14 @@ def _seed_sequence(keys: tuple[int | str, ...]) -> np.random.SeedSequence:
             raise TypeError(f"a generator's keys are integers and strings, got {key!r} of type {type(key).__name__}")
         digest.update(tag + len(text).to_bytes(8, "little") + text)
     return np.random.SeedSequence(np.frombuffer(digest.digest(), dtype="<u4").tolist())
+
+
+@contextlib.contextmanager
+def weights_drawn_from(generator: torch.Generator) -> Iterator[None]:
+    """Within the context, layers initialise themselves from `generator` (a CPU generator).
+
+    Torch's layers know only the global generator; here it takes the state of `generator` and gets its own back afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())
+        yield

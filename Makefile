@@ -1,0 +1,67 @@
+# Head Foundry. `make help` lists the targets. A stage takes CONFIG=file.yaml and ARGS="--section.key value ...".
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?=
+ARGS ?=
+
+export PYTHONUNBUFFERED = 1
+
+# Renewed when the pinned versions or the package's own description change; written last, so a broken-off set-up is taken up again.
+STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' -)
+STAGES := demo head-page portraits genhead datagen verify reconstructor evaluate drive report
+# CONFIG if given, else configs/<stage>_tiny.yaml where there is one
+SETTINGS = $(or $(CONFIG),$(wildcard configs/$(subst -,_,$@)_tiny.yaml))
+
+.PHONY: help install test test-gpu lint bench $(STAGES)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  A stage takes CONFIG=file.yaml (default configs/<stage>_tiny.yaml) and ARGS="--section.key value ...";'
+	@echo '  make STAGE ARGS=--help lists its settings. PYTHON=/path/to/python3.12 chooses the Python of a new $(VENV).'
+
+install: $(STAMP) ## set up .venv with the pinned packages; nothing happens when that is done
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Head Foundry needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true). Call make with PYTHON=/path/to/python3.11." >&2; exit 1; }
+	@if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+		echo "Creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@echo "Installing the pinned packages into $(VENV) (some minutes the first time)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+# The stages
+demo: ## the whole chain at tiny size, from nothing to runs/demo/index.html
+head-page: ## a page of renders of the head model
+portraits: ## the generator's training portraits (ARGS="--from_folder DIR" takes photographs)
+genhead: ## train the 3D head generator
+datagen: ## produce labelled multi-view shards
+verify: ## check a folder of shards: make verify ARGS=DIR
+reconstructor: ## train the one-shot reconstructor
+evaluate: ## measure a reconstructor on held-out identities
+drive: ## animate one picture with a sequence of motions
+report: ## gather a run into one page: make report ARGS=DIR
+
+$(STAGES): $(STAMP)
+	@$(VENV)/bin/python -m pipelines $@ $(if $(SETTINGS),--config $(SETTINGS)) $(ARGS)
+
+# Checks
+test: $(STAMP) ## all tests (ARGS="-k word" and other pytest options)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+test-gpu: $(STAMP) ## only the tests that need a CUDA device; lists them where there is none
+	@$(VENV)/bin/python -m pytest -v -m gpu $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and formatting
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+bench: $(STAMP) ## time the parts beside their physical limits
+	@$(VENV)/bin/python -m pipelines.bench $(ARGS)
