@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from head3d.run.config import PositiveInt
+
 
 @dataclasses.dataclass(frozen=True)
 class BackgroundConfig:
     """The background U-Net. Defaults are the published run."""
 
-    base_width: int = 64  # channels at half the image's size; each level below doubles them
-    levels: int = 3  # halvings below that
+    base_width: PositiveInt = 64  # channels at half the image's size; each level below doubles them
+    levels: PositiveInt = 3  # halvings below that
+    channels: PositiveInt = 32  # of the output: as many as the renderer's features
 
 
 class BackgroundNetwork(nn.Module):
@@ -21,7 +24,7 @@ class BackgroundNetwork(nn.Module):
     Convolutions are 3x3 with leaky ReLU (0.01), except those that only resize (stride 2 down; nearest x2 and a convolution up).
     """
 
-    def __init__(self, config: BackgroundConfig, channels: int, in_channels: int = 5):
+    def __init__(self, config: BackgroundConfig, in_channels: int = 5):
         super().__init__()
         widths = [config.base_width * 2**level for level in range(config.levels + 1)]
         self.stem = nn.Conv2d(in_channels, widths[0], 3, stride=2, padding=1)
@@ -31,7 +34,7 @@ class BackgroundNetwork(nn.Module):
         ups = [(2 * widths[level], widths[max(level - 1, 0)]) for level in reversed(range(len(widths)))]
         self.up = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in ups)
         self.grow = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for _, b in ups)
-        self.out = nn.Conv2d(widths[0], channels, 3, padding=1)
+        self.out = nn.Conv2d(widths[0], config.channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.sigmoid(self.logits(image))
@@ -48,3 +51,8 @@ class BackgroundNetwork(nn.Module):
             features = F.leaky_relu(conv(torch.cat((features, skips.pop()), dim=1)), 0.01)
             features = grow(F.interpolate(features, scale_factor=2, mode="nearest"))
         return self.out(features)
+
+    def temper_output(self) -> None:
+        """Shrink the last convolution so that a freshly drawn network starts near grey, where the sigmoid has a slope, instead of saturated."""
+        with torch.no_grad():
+            self.out.weight.mul_(0.1)

@@ -7,16 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from head3d.run.config import PositiveInt
+from head3d.run.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class GlobalEncoderConfig:
     """The global encoder. Defaults are the published run: DeepLabV3 on ResNet-34, output stride 8."""
 
-    base_width: int = 64  # channels of the stem and first stage; each further stage doubles them
-    stage_blocks: tuple[int, ...] = (3, 4, 6, 3)  # residual blocks per stage; the second stage halves the size, later ones are dilated by 2, 4, ... instead
+    base_width: PositiveInt = 64  # channels of the stem and first stage; each further stage doubles them
+    stage_blocks: tuple[PositiveInt, ...] = (3, 4, 6, 3)  # residual blocks per stage; the second stage halves the size, later ones are dilated by 2, 4, ... instead
     stem_pool: bool = True  # 3x3 max-pool after the first convolution (output stride 8); without it the output stride is 4, for small images
-    pyramid_dilations: tuple[int, ...] = (12, 24, 36)  # of the parallel 3x3 convolutions of the pyramid (ASPP)
-    out_width: int = 256  # channels of each pyramid branch and of the output
+    pyramid_dilations: tuple[PositiveInt, ...] = (12, 24, 36)  # of the parallel 3x3 convolutions of the pyramid (ASPP)
+    out_width: PositiveInt = 256  # channels of each pyramid branch and of the output
+
+    def __post_init__(self) -> None:
+        if len(self.stage_blocks) < 2:
+            raise ConfigError(f"global_encoder: stage_blocks {self.stage_blocks} has {len(self.stage_blocks)} stage; give at least two numbers (the second stage halves the size)")
 
     @property
     def output_stride(self) -> int:

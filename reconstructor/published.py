@@ -1,10 +1,12 @@
-"""The published network's parameter names and reference numbers, mapped onto ours.
+"""The published reconstructor's parameter names, and the check of our network against its reference numbers.
 
-The table renames the published state dict of the animatable reconstructor; the check fills our network with weights that anyone can regenerate and compares
-what it computes with what the published network computed from the same weights.
+The table maps the published state dict onto Portrait4D's, one to one and without scaling. Its renderer (decoder, super-resolution, w_avg) has GenHead's
+names and is not in the table. The check fills our network with weights that anyone can regenerate and compares each stage with what the published network
+computed from the same weights.
 """
 
-import json
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,86 +17,115 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genhead.published import Names, read_recipe, rename
 from head3d.run.errors import AssetError
 from reconstructor.architectures.portrait4d import Portrait4D, Portrait4DConfig
 from reconstructor.blocks import to_map, with_coordinates
 
 STAGE_TOLERANCE = 1e-3  # relative error |a - b| / |b| up to which a stage counts as equal
 
-# Published name -> ours, applied in order; each pattern is a regular expression for the beginning or a part of the name.
-RENAMES: tuple[tuple[str, str], ...] = (
-    (r"^encoder_global\.encoder\.conv1\.", "global_encoder.stem."),
-    (r"^encoder_global\.encoder\.layer([1-4])\.", lambda m: f"global_encoder.stages.{int(m[1]) - 1}."),
-    (r"\.downsample\.0\.", ".shortcut."),
-    (r"^encoder_global\.decoder\.0\.convs\.0\.0\.", "global_encoder.pyramid.point."),
-    (r"^encoder_global\.decoder\.0\.convs\.([1-3])\.0\.", lambda m: f"global_encoder.pyramid.dilated.{int(m[1]) - 1}."),
-    (r"^encoder_global\.decoder\.0\.convs\.4\.1\.", "global_encoder.pyramid.pooled."),
-    (r"^encoder_global\.decoder\.0\.project\.0\.", "global_encoder.pyramid.join."),
-    (r"^encoder_global\.decoder\.1\.", "global_encoder.pyramid.out."),
-    (r"^encoder_detail\.encoder\.(\d+)\.", lambda m: f"detail_encoder.convs.{int(m[1]) // 2}."),
-    (r"patch_embed\.proj\.", "patch_embed.projection."),
-    (r"^encoder_canonical\.patch_embed\.", "patch_embed."),
-    (r"^encoder_canonical\.maps_neutral\.0\.", "source_motion.first."),
-    (r"^encoder_canonical\.maps_neutral\.2\.", "source_motion.second."),
-    (r"^encoder_canonical\.proj_y_neutral\.", "source_motion.tokens."),
-    (r"^encoder_canonical\.maps\.0\.", "driving_motion.first."),
-    (r"^encoder_canonical\.maps\.2\.", "driving_motion.second."),
-    (r"^encoder_canonical\.proj_y\.", "driving_motion.tokens."),
-    (r"^encoder_canonical\.trans_blocks_neutral\.", "deexpression."),
-    (r"^encoder_canonical\.trans_blocks_motion\.", "reenactment."),
-    (r"^((?:deexpression|reenactment)\.\d+)\.norm1\.", r"\1.self_norm."),
-    (r"^((?:deexpression|reenactment)\.\d+)\.attn1\.", r"\1.self_attention."),
-    (r"^((?:deexpression|reenactment)\.\d+)\.norm2\.", r"\1.cross_norm."),
-    (r"^((?:deexpression|reenactment)\.\d+)\.attn2\.", r"\1.cross_attention."),
-    (r"^((?:deexpression|reenactment)\.\d+)\.norm3\.", r"\1.feed_forward_norm."),
-    (r"^encoder_canonical\.convs\.1\.", "feature_head.convs.0."),
-    (r"^encoder_canonical\.convs\.4\.", "feature_head.convs.1."),
-    (r"^encoder_canonical\.convs\.6\.", "feature_head.out."),
-    (r"^generator_triplane\.convs1\.", "plane_decoder.merge."),
-    (r"^generator_triplane\.convs2\.", "plane_decoder.refine."),
-    (r"^generator_triplane\.conv_last\.", "plane_decoder.out."),
-    (r"^generator_triplane\.trans_blocks\.(\d+)\.norm1\.", r"plane_decoder.blocks.\1.self_norm."),
-    (r"^generator_triplane\.trans_blocks\.(\d+)\.attn\.", r"plane_decoder.blocks.\1.self_attention."),
-    (r"^generator_triplane\.trans_blocks\.(\d+)\.norm2\.", r"plane_decoder.blocks.\1.feed_forward_norm."),
-    (r"^generator_triplane\.trans_blocks\.(\d+)\.mlp\.", r"plane_decoder.blocks.\1.mlp."),
-    (r"^generator_triplane\.", "plane_decoder."),
-    (r"_attention\.q\.", "_attention.query."),
-    (r"_attention\.kv\.", "_attention.key_value."),
-    (r"_attention\.proj\.", "_attention.output."),
-    (r"_attention\.sr\.", "_attention.merge."),
-    (r"_attention\.norm\.", "_attention.merge_norm."),
-    (r"\.mlp\.fc1\.", ".feed_forward.expand."),
-    (r"\.mlp\.dwconv\.dwconv\.", ".feed_forward.depthwise."),
-    (r"\.mlp\.fc2\.", ".feed_forward.contract."),
-    (r"^background\.input_conv\.0\.", "background.stem."),
-    (r"^background\.down_conv_(\d)\.0\.", lambda m: f"background.down.{int(m[1]) - 1}."),
-    (r"^background\.down_conv_(\d)\.2\.op\.", lambda m: f"background.shrink.{int(m[1]) - 1}."),
-    (r"^background\.middle\.0\.", "background.middle."),
-    (r"^background\.up_conv_(\d)\.0\.", lambda m: f"background.up.{int(m[1]) - 1}."),
-    (r"^background\.up_conv_(\d)\.2\.conv\.", lambda m: f"background.grow.{int(m[1]) - 1}."),
-    (r"^background\.out_conv\.", "background.out."),
+
+def _layers(pairs: Mapping[str, str]) -> Names:
+    """Rules for single layers: published path -> our path, whose weight and bias keep their names."""
+    return tuple((re.escape(published) + r"\.(weight|bias)", ours + r".\1") for published, ours in pairs.items())
+
+
+def _attention(published: str, ours: str) -> Names:
+    """Rules for one attention of every block of a stack; `published` holds one group, the block's number."""
+    pairs = {"q": "query", "kv": "key_value", "proj": "output", "sr": "merge", "norm": "merge_norm"}
+    return tuple((rf"{published}\.{theirs}\.(weight|bias)", rf"{ours}.{name}.\2") for theirs, name in pairs.items())
+
+
+def _stack(published: str, ours: str, norms: Mapping[str, str]) -> Names:
+    """Rules for the norms and the Mix-FFN of every block of a stack."""
+    feed_forward = {r"mlp\.fc1": "expand", r"mlp\.dwconv\.dwconv": "depthwise", r"mlp\.fc2": "contract"}
+    parts = {**norms, **{theirs: f"feed_forward.{name}" for theirs, name in feed_forward.items()}}
+    return tuple((rf"{published}\.(\d+)\.{theirs}\.(weight|bias)", rf"{ours}.\1.{name}.\2") for theirs, name in parts.items())
+
+
+def _motion_stack(published: str, ours: str) -> Names:
+    return (
+        *_stack(published, ours, {"norm1": "self_norm", "norm2": "cross_norm", "norm3": "feed_forward_norm"}),
+        *_attention(published + r"\.(\d+)\.attn1", ours + r".\1.self_attention"),
+        *_attention(published + r"\.(\d+)\.attn2", ours + r".\1.cross_attention"),
+    )
+
+
+GLOBAL_ENCODER_NAMES: Names = (
+    *_layers(
+        {
+            "encoder_global.encoder.conv1": "global_encoder.stem",
+            "encoder_global.decoder.0.convs.0.0": "global_encoder.pyramid.point",
+            **{f"encoder_global.decoder.0.convs.{k}.0": f"global_encoder.pyramid.dilated.{k - 1}" for k in (1, 2, 3)},
+            "encoder_global.decoder.0.convs.4.1": "global_encoder.pyramid.pooled",
+            "encoder_global.decoder.0.project.0": "global_encoder.pyramid.join",
+            "encoder_global.decoder.1": "global_encoder.pyramid.out",
+        }
+    ),
+    *((rf"encoder_global\.encoder\.layer{k}\.(\d+)\.(conv[12])\.weight", rf"global_encoder.stages.{k - 1}.\1.\2.weight") for k in (1, 2, 3, 4)),
+    *((rf"encoder_global\.encoder\.layer{k}\.(\d+)\.downsample\.0\.weight", rf"global_encoder.stages.{k - 1}.\1.shortcut.weight") for k in (2, 3, 4)),
 )
-ARCHITECTURE_PREFIXES = ("encoder_global.", "encoder_detail.", "encoder_canonical.", "generator_triplane.", "background.")
-
-
-def rename(published_name: str) -> str | None:
-    """Our name of a published parameter; None when it belongs to the renderer (decoder, super-resolution, w_avg) and not to the architecture."""
-    if not published_name.startswith(ARCHITECTURE_PREFIXES):
-        return None
-    name = published_name
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+ENCODER_CANONICAL_NAMES: Names = (
+    *_layers(
+        {
+            "encoder_canonical.patch_embed.proj": "patch_embed.projection",
+            "encoder_canonical.patch_embed.norm": "patch_embed.norm",
+            "encoder_canonical.maps_neutral.0": "source_motion.first",
+            "encoder_canonical.maps_neutral.2": "source_motion.second",
+            "encoder_canonical.proj_y_neutral": "source_motion.tokens",
+            "encoder_canonical.maps.0": "driving_motion.first",
+            "encoder_canonical.maps.2": "driving_motion.second",
+            "encoder_canonical.proj_y": "driving_motion.tokens",
+            "encoder_canonical.convs.1": "feature_head.convs.0",
+            "encoder_canonical.convs.4": "feature_head.convs.1",
+            "encoder_canonical.convs.6": "feature_head.out",
+        }
+    ),
+    *_motion_stack(r"encoder_canonical\.trans_blocks_neutral", "deexpression"),
+    *_motion_stack(r"encoder_canonical\.trans_blocks_motion", "reenactment"),
+)
+PLANE_DECODER_NAMES: Names = (
+    *_layers(
+        {
+            **{f"generator_triplane.convs1.{k}": f"plane_decoder.merge.{k}" for k in (0, 2)},
+            "generator_triplane.patch_embed.proj": "plane_decoder.patch_embed.projection",
+            "generator_triplane.patch_embed.norm": "plane_decoder.patch_embed.norm",
+            **{f"generator_triplane.convs2.{k}": f"plane_decoder.refine.{k}" for k in (0, 2, 4)},
+            "generator_triplane.conv_last": "plane_decoder.out",
+        }
+    ),
+    *_stack(r"generator_triplane\.trans_blocks", "plane_decoder.blocks", {"norm1": "self_norm", "norm2": "feed_forward_norm"}),
+    *_attention(r"generator_triplane\.trans_blocks\.(\d+)\.attn", r"plane_decoder.blocks.\1.self_attention"),
+)
+BACKGROUND_NAMES: Names = _layers(
+    {
+        "background.input_conv.0": "background.stem",
+        **{f"background.down_conv_{k}.0": f"background.down.{k - 1}" for k in (1, 2, 3)},
+        **{f"background.down_conv_{k}.2.op": f"background.shrink.{k - 1}" for k in (1, 2, 3)},
+        "background.middle.0": "background.middle",
+        **{f"background.up_conv_{k}.0": f"background.up.{k - 1}" for k in (1, 2, 3, 4)},
+        **{f"background.up_conv_{k}.2.conv": f"background.grow.{k - 1}" for k in (1, 2, 3, 4)},
+        "background.out_conv": "background.out",
+    }
+)
+PORTRAIT4D_NAMES: Names = (
+    *GLOBAL_ENCODER_NAMES,
+    *_layers({f"encoder_detail.encoder.{2 * k}": f"detail_encoder.convs.{k}" for k in range(5)}),
+    *ENCODER_CANONICAL_NAMES,
+    *PLANE_DECODER_NAMES,
+    *BACKGROUND_NAMES,
+)
+RENDERER_PREFIXES = ("decoder.", "superresolution.", "w_avg")  # what a published state dict holds besides
 
 
 def load_published(model: Portrait4D, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy published tensors (published names) into `model`. Tensors of the renderer are ignored; anything else must fit exactly.
+    """Copy published tensors (published names) into `model`. Tensors of the renderer are left out; the others must fit exactly.
 
     Raises AssetError that names what is missing, unknown or of another shape; `where` says where the tensors came from. The model is then unchanged.
     A model built on the meta device takes the tensors themselves, without a copy.
     """
     ours = model.state_dict()
-    renamed = {name: tensor for published, tensor in tensors.items() if (name := rename(published)) is not None}
+    renamed = rename({name: tensor for name, tensor in tensors.items() if not name.startswith(RENDERER_PREFIXES)}, PORTRAIT4D_NAMES, where)
     problems = [f"missing {name}" for name in ours if name not in renamed]
     for name, tensor in renamed.items():
         if name not in ours:
@@ -102,21 +133,9 @@ def load_published(model: Portrait4D, tensors: Mapping[str, Tensor], where: str)
         elif tensor.shape != ours[name].shape:
             problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(ours[name].shape)}")
     if problems:
-        raise AssetError(
-            f"{where}: not a published reconstructor of this size: {'; '.join(problems[:5])}{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}. "
-            "Use the default Portrait4DConfig for the published 512 network."
-        )
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise AssetError(f"{where}: not a published reconstructor of this size: {'; '.join(problems[:5])}{more}; use the default Portrait4DConfig for the published network")
     model.load_state_dict(renamed, assign=next(model.parameters()).is_meta)
-
-
-def regenerate(recipe: Path) -> Iterator[tuple[str, Tensor]]:
-    """(published name, tensor) of each entry of a recipe.json: `constant`, or mean + std * randn(seed) drawn on the CPU."""
-    for entry in json.loads(recipe.read_text()):
-        if "constant" in entry:
-            yield entry["key"], torch.tensor(entry["constant"]).reshape(entry["shape"])
-        else:
-            noise = torch.randn(entry["shape"], generator=torch.Generator().manual_seed(entry["seed"]))
-            yield entry["key"], noise.mul_(entry["std"]).add_(entry["mean"])
 
 
 class StageAgreement(NamedTuple):
@@ -132,23 +151,23 @@ class StageAgreement(NamedTuple):
 
 
 def check_stages(folder: Path) -> list[StageAgreement]:
-    """Compare each stage of the published-size network with the reference numbers of `folder` (recipe.json, io.npz). About 2 GB and half a minute on one core.
+    """Compare each stage of the published-size network with the reference numbers in `folder` (recipe.json, io.npz). About 3 GB; 20 to 30 s on one core.
 
     Raises AssetError when a file is missing or the recipe does not fit the network.
     """
-    for name in ("recipe.json", "io.npz"):
-        if not (folder / name).is_file():
-            raise AssetError(f"{folder / name}: no such file; a reference folder holds recipe.json and io.npz")
+    numbers = folder / "io.npz"
+    if not numbers.is_file():
+        raise AssetError(f"{numbers}: expected the reference inputs and outputs, found no such file; give the folder that holds recipe.json and io.npz")
     with torch.device("meta"):
         model = Portrait4D(Portrait4DConfig()).eval()
-    load_published(model, dict(regenerate(folder / "recipe.json")), str(folder / "recipe.json"))
-    with np.load(folder / "io.npz", allow_pickle=False) as archive:
+    load_published(model, read_recipe(folder), str(folder / "recipe.json"))
+    with np.load(numbers, allow_pickle=False) as archive:
         reference = {name: torch.from_numpy(archive[name].astype(np.float32)) for name in archive.files}
     return [StageAgreement(name, relative_error(ours, reference[name]), STAGE_TOLERANCE) for name, ours in _stages(model, reference)]
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
-    """|ours - reference| / |reference|, in the Euclidean norm over all numbers."""
+    """|ours - reference| / |reference|, Euclidean norm over all numbers."""
     return float((ours - reference).norm() / reference.norm())
 
 
@@ -161,10 +180,11 @@ def _stages(model: Portrait4D, given: Mapping[str, Tensor]) -> Iterator[tuple[st
     yield "stage_encoder_detail_every8", source.detail[:, :, ::8, ::8]
     yield "stage_background_every16", model.background.logits(with_coordinates(given["image"]))[:, :, ::16, ::16]
     canonical = model.deexpress(source, given["motion_source"], always)
-    reenacted = []
+    reenacted: list[Tensor] = []
     hook = model.reenactment[-1].register_forward_hook(lambda module, inputs, tokens: reenacted.append(tokens))
     planes = model.reenact(canonical, source, given["motion_driver"], always)
     hook.remove()
-    shuffled = F.pixel_shuffle(to_map(reenacted[0], (32, 32)), 2)
+    side = source.global_features.shape[2] // 2
+    shuffled = F.pixel_shuffle(to_map(reenacted[0], (side, side)), 2)
     yield "stage_encoder_canonical_every2", shuffled[:, :, ::2, ::2]
     yield "stage_generator_triplane_every8", planes.flatten(1, 2)[:, :, ::8, ::8]

@@ -23,7 +23,7 @@ class Portrait4DConfig:
 
     image_resolution: PositiveInt = 512  # of the source image, pixels; planes have half of it
     motion_dim: PositiveInt = IMAGE_MOTION_SIZE  # length of a motion vector; 109 for FLAME motion
-    global_encoder: GlobalEncoderConfig = GlobalEncoderConfig()
+    global_encoder: GlobalEncoderConfig = GlobalEncoderConfig()  # reads the whole image at low resolution
     detail_stem_width: PositiveInt = 64  # channels of the detail encoder's first convolution
     detail_width: PositiveInt = 96  # channels of the detail features
     detail_layers: PositiveInt = 4  # 3x3 convolutions of the detail encoder
@@ -40,8 +40,8 @@ class Portrait4DConfig:
     decoder_blocks: PositiveInt = 1  # transformer blocks of the plane decoder
     decoder_heads: PositiveInt = 2  # their attention heads
     decoder_reduction: PositiveInt = 2  # their keys are merged this many times per axis
-    plane_channels: PositiveInt = 32  # channels of each of the three planes, and of the background
-    background: BackgroundConfig = BackgroundConfig()
+    plane_channels: PositiveInt = 32  # channels of each of the three planes
+    background: BackgroundConfig = BackgroundConfig()  # completes what is behind the head
 
     def __post_init__(self) -> None:
         for name, heads in (("heads", self.heads), ("decoder_heads", self.decoder_heads)):
@@ -105,9 +105,10 @@ class Portrait4D(nn.Module):
             ratio=c.feed_forward_ratio,
             reduction=c.decoder_reduction,
         )
-        self.background = BackgroundNetwork(c.background, c.plane_channels)
+        self.background = BackgroundNetwork(c.background)
         initialize(self, c.token_width, generator)
         self.global_encoder.temper_residuals()
+        self.background.temper_output()
 
     def encode_source(self, image: Tensor) -> SourceCode:
         """image [B, 3, H, W] in [-1, 1], H = W = config.image_resolution."""

@@ -1,0 +1,244 @@
+"""The animatable reconstructor: the switch, the cacheable split, and the published network."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from head3d.run.errors import AssetError, ConfigError
+from reconstructor.architectures.portrait4d import Portrait4D, Portrait4DConfig, SourceCode
+from reconstructor.background import BackgroundConfig
+from reconstructor.blocks import MotionBlock
+from reconstructor.encoders import GlobalEncoderConfig
+from reconstructor.published import load_published
+
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "parity" / "reconstructor"
+
+TINY = Portrait4DConfig(
+    image_resolution=64,
+    motion_dim=109,
+    global_encoder=GlobalEncoderConfig(8, (1, 1, 1), stem_pool=False, pyramid_dilations=(1, 2, 3), out_width=16),
+    detail_stem_width=8,
+    detail_width=8,
+    detail_layers=2,
+    token_width=64,
+    motion_hidden=32,
+    motion_tokens=4,
+    deexpression_blocks=1,
+    reenactment_blocks=1,
+    feature_hidden=16,
+    feature_width=12,
+    decoder_hidden=16,
+    plane_channels=8,
+    background=BackgroundConfig(4, 2, channels=8),
+)
+
+
+def build(trained: bool) -> Portrait4D:
+    """A tiny network; `trained` gives the cross-attention a non-zero output, as after some steps."""
+    generator = torch.Generator().manual_seed(0)
+    model = Portrait4D(TINY, generator).eval()
+    if trained:
+        with torch.no_grad():
+            for block in model.modules():
+                if isinstance(block, MotionBlock):
+                    block.cross_attention.output.weight.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(batch, 3, 64, 64, generator=generator) * 2 - 1
+    return image, torch.randn(batch, 109, generator=generator), torch.randn(batch, 109, generator=generator)
+
+
+def differs(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return float((first - second).abs().max()) > 1e-3 * float(first.std())
+
+
+def test_shapes_and_ranges_follow_from_the_config():
+    model = build(trained=False)
+    image, source_motion, driving_motion = inputs()
+    source = model.encode_source(image)
+    assert [tuple(part.shape) for part in source] == [(2, 16, 16, 16), (2, 8, 32, 32), (2, 8, 64, 64)]
+    assert (source.background >= 0).all() and (source.background <= 1).all()
+    planes = model.planes(source, source_motion, driving_motion, torch.ones(2))
+    assert planes.shape == (2, 3, 8, TINY.plane_resolution, TINY.plane_resolution) and TINY.plane_resolution == 32
+    assert torch.isfinite(planes).all() and planes.std() > 0.05
+
+
+@torch.no_grad()
+def test_with_scale_zero_neither_motion_has_any_effect():
+    model = build(trained=True)
+    image, first, second = inputs()
+    source = model.encode_source(image)
+    off = torch.zeros(2)
+    assert torch.equal(model.planes(source, first, second, off), model.planes(source, second, -first, off))
+
+
+@torch.no_grad()
+def test_with_scale_one_both_motions_matter():
+    model = build(trained=True)
+    image, first, second = inputs()
+    source, on = model.encode_source(image), torch.ones(2)
+    planes = model.planes(source, first, second, on)
+    assert differs(planes, model.planes(source, second, second, on))
+    assert differs(planes, model.planes(source, first, first, on))
+
+
+@torch.no_grad()
+def test_the_switch_travels_with_its_sample():
+    model = build(trained=True)
+    image, first, second = inputs()
+    source = model.encode_source(image)
+    mixed = model.planes(source, first, second, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(mixed[0], model.planes(source, first, second, torch.ones(2))[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed[1], model.planes(source, first, second, torch.zeros(2))[1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_batch_mates_do_not_matter():
+    model = build(trained=True)
+    image, first, second = inputs(3)
+    scale = torch.tensor([1.0, 0.0, 1.0])
+    source = model.encode_source(image)
+    together = model.planes(source, first, second, scale)
+    for k in range(3):
+        one = slice(k, k + 1)
+        alone = model.encode_source(image[one])
+        torch.testing.assert_close(alone.background, source.background[one], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.planes(alone, first[one], second[one], scale[one]), together[one], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_untrained_network_is_static_because_cross_attention_starts_at_zero():
+    model = build(trained=False)
+    image, first, second = inputs()
+    source = model.encode_source(image)
+    assert torch.equal(model.planes(source, first, second, torch.ones(2)), model.planes(source, first, second, torch.zeros(2)))
+
+
+@torch.no_grad()
+def test_one_cached_source_serves_many_frames():
+    model = build(trained=True)
+    image, source_motion, _ = inputs(1)
+    source = model.encode_source(image)
+    canonical = model.deexpress(source, source_motion, torch.ones(1))
+    assert canonical.shape == (1, 64, TINY.token_width)
+    for seed in (1, 2):
+        driving = torch.randn(1, 109, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(model.reenact(canonical, source, driving, torch.ones(1)), model.planes(source, source_motion, driving, torch.ones(1)))
+
+
+@torch.no_grad()
+def test_background_and_detail_reach_the_result_without_the_motion():
+    model = build(trained=True)
+    image, first, second = inputs(1)
+    source = model.encode_source(image)
+    planes = model.planes(source, first, second, torch.ones(1))
+    other_background = source._replace(background=1 - source.background)
+    assert torch.equal(model.planes(other_background, first, second, torch.ones(1)), planes)
+    assert differs(model.planes(source._replace(detail=-source.detail), first, second, torch.ones(1)), planes)
+
+
+def gradients(model: Portrait4D, scale: torch.Tensor) -> tuple[set[str], set[str]]:
+    """Names of the parameters that get a gradient, and of those that get none or only zeros. (The key half of an attention's bias shifts all scores alike and gets zeros; its value half counts.)"""
+    image, first, second = inputs()
+    source = model.encode_source(image)
+    (model.planes(source, first, second, scale).square().mean() + source.background.mean()).backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    return reached, {name for name, _ in model.named_parameters()} - reached
+
+
+def test_every_parameter_learns_once_cross_attention_is_open():
+    _, silent = gradients(build(trained=True), torch.ones(2))
+    assert silent == set()
+
+
+def test_at_the_first_step_only_what_stands_before_the_zero_projection_waits():
+    model = build(trained=False)
+    reached, silent = gradients(model, torch.ones(2))
+    assert all(name.startswith(("source_motion.", "driving_motion.")) or ".cross_" in name for name in silent)
+    assert {name for name in reached if ".cross_" in name} == {
+        f"{stack}.0.cross_attention.output.{kind}" for stack in ("deexpression", "reenactment") for kind in ("weight", "bias")
+    }
+
+
+def test_static_samples_teach_the_motion_branch_nothing():
+    _, silent = gradients(build(trained=True), torch.zeros(2))
+    assert silent == {
+        name for name, _ in build(trained=True).named_parameters() if name.startswith(("source_motion.", "driving_motion.")) or ".cross_" in name
+    }
+
+
+def test_weights_depend_on_the_generator_alone():
+    first, second = build(trained=False), build(trained=False)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+def test_published_network_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        model = Portrait4D(Portrait4DConfig())
+
+    def count(*parts: torch.nn.Module) -> int:
+        return sum(p.numel() for part in parts for p in part.parameters())
+
+    phi = count(model.patch_embed, model.source_motion, model.driving_motion, model.deexpression, model.reenactment, model.feature_head)
+    assert count(model.global_encoder) == 25_992_512
+    assert phi == 172_209_504
+    assert count(model.plane_decoder) == 15_902_688
+    assert count(model.background) == 8_687_328
+    assert count(model) == 223_112_288
+
+
+def test_published_network_gives_published_shapes():
+    with torch.device("meta"):
+        model = Portrait4D(Portrait4DConfig())
+        source = model.encode_source(torch.empty(1, 3, 512, 512))
+        assert [tuple(part.shape) for part in source] == [(1, 256, 64, 64), (1, 96, 256, 256), (1, 32, 512, 512)]
+        assert model.planes(source, torch.empty(1, 548), torch.empty(1, 548), torch.empty(1)).shape == (1, 3, 32, 256, 256)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"token_width": 1000, "heads": 3}, "token_width"),
+        ({"image_resolution": 100}, "image_resolution"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_the_key(change, words):
+    with pytest.raises(ConfigError, match=words):
+        Portrait4DConfig(**change)
+
+
+def test_a_picture_of_another_size_is_refused():
+    with pytest.raises(AssertionError, match="64, 64"):
+        build(trained=False).encode_source(torch.zeros(1, 3, 32, 32))
+
+
+def published_shapes() -> dict[str, torch.Tensor]:
+    if not (REFERENCE / "recipe.json").is_file():
+        pytest.skip(f"no reference numbers of the published reconstructor at {REFERENCE}")
+    return {entry["key"]: torch.empty(entry["shape"], device="meta") for entry in json.loads((REFERENCE / "recipe.json").read_text()) if not entry["key"].endswith("resample_filter")}
+
+
+def test_every_published_tensor_has_its_place():
+    with torch.device("meta"):
+        model = Portrait4D(Portrait4DConfig())
+    load_published(model, published_shapes(), "recipe")
+
+
+def test_a_published_file_that_does_not_fit_is_refused_by_name():
+    with torch.device("meta"):
+        model = Portrait4D(Portrait4DConfig())
+    tensors = published_shapes()
+    tensors["background.out_conv.bias"] = torch.empty(7, device="meta")
+    with pytest.raises(AssetError, match=r"some\.pkl.*background\.out\.bias is \(7,\), expected \(32,\)"):
+        load_published(model, tensors, "some.pkl")
+    with pytest.raises(AssetError, match="missing background.out.bias"):
+        load_published(model, {name: value for name, value in published_shapes().items() if name != "background.out_conv.bias"}, "some.pkl")
+
+
+def test_source_code_names_its_parts():
+    assert SourceCode._fields == ("global_features", "detail", "background")
