@@ -1,0 +1,176 @@
+"""Stage A of the deformation: undo the neck's rotation with a surface field sampled on two grids (portrait4d, section 2).
+
+Surface field (GNARF, arXiv:2206.14797, section 3.2): a point keeps its place relative to the nearest triangle while the mesh moves. It is
+evaluated at the cell centres of a fine grid, exact near the surface, and of a coarse, smoothed one for the space around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TRUST_RADIUS_SQUARED = 3e-3  # within about 0.055 scene units of the surface the fine grid alone counts
+TRUST_FALLOFF = 1000.0  # weight exp(-falloff (d^2 - radius^2)) beyond
+PUBLISHED_MIN_AREA = 5e-3  # smaller triangles lose their inside and are measured to their edges (published quirk)
+SKIP_DISTANCE = 0.25  # cells farther from the surface than this have no say (weight below 1e-9) and are not computed
+PAIRS_PER_CHUNK_CPU = 1 << 17
+PAIRS_PER_CHUNK_CUDA = 1 << 25
+
+
+@dataclass(frozen=True)
+class NeckField:
+    """Offsets from posed space to the space with an unturned neck, on cell-centred grids over the box."""
+
+    fine: Tensor  # [B, 4, G, G, G] offset xyz and squared distance to the surface; axes z, y, x
+    coarse: Tensor  # [B, 3, g, g, g] smoothed offset
+    box_side: float
+    published: bool
+
+    def select(self, rows: list[int]) -> NeckField:
+        return NeckField(self.fine[rows], self.coarse[rows], self.box_side, self.published)
+
+    def apply(self, points: Tensor) -> Tensor:
+        """Posed points [B, M, 3] -> points with the neck unturned [B, M, 3]."""
+        fine, coarse = self._sample(self.fine, points), self._sample(self.coarse, points)
+        trust = torch.exp(-TRUST_FALLOFF * (fine[..., 3:] - TRUST_RADIUS_SQUARED).clamp(min=0))
+        return points + trust * fine[..., :3] + (1 - trust) * coarse
+
+    def _sample(self, grid: Tensor, points: Tensor) -> Tensor:
+        """Trilinear between cell centres. Outside the outermost centres: the border's value; as published: fading to 0."""
+        half = self.box_side / 2 * (1 - 1 / grid.shape[-1])  # position of the outermost cell centre
+        padding = "zeros" if self.published else "border"
+        values = F.grid_sample(grid, (points / half)[:, :, None, None], mode="bilinear", padding_mode=padding, align_corners=True)
+        return values[..., 0, 0].transpose(1, 2)
+
+
+@torch.no_grad()
+def build_neck_field(
+    posed: Tensor,  # [B, n, 3] coarse mesh with the neck turned
+    unturned: Tensor,  # [B, n, 3] the same mesh, neck at zero
+    faces: Tensor,  # [f, 3]
+    *,
+    box_side: float,
+    fine_cells: int,
+    coarse_cells: int,
+    published: bool,
+) -> NeckField:
+    """Sample posed -> unturned on both grids.
+
+    published=True keeps two quirks: triangles below `PUBLISHED_MIN_AREA` are measured to their edges, and a point is carried by the
+    triangle's plane with unclamped barycentric weights. The default carries it by the triangle's closest point and the rotation
+    of its frame, which is the same for a rigid motion and does not extrapolate a sliver's shear.
+    """
+    fine, coarse = [], []
+    for target, reference in zip(posed.float(), unturned.float(), strict=True):
+        centres = cell_centres(fine_cells, box_side, target)
+        fine.append(_fine_grid(centres, target, reference, faces, published))
+        offset, _ = surface_offset(cell_centres(coarse_cells, box_side, target), target[faces], reference[faces], published)
+        coarse.append(offset.T)
+    grids = torch.stack(coarse).unflatten(-1, (coarse_cells,) * 3)
+    for _ in range(2):
+        grids = F.avg_pool3d(F.pad(grids, (1,) * 6, mode="replicate"), 3, stride=1)
+    return NeckField(torch.stack(fine).unflatten(-1, (fine_cells,) * 3), grids, box_side, published)
+
+
+def cell_centres(cells: int, box_side: float, like: Tensor) -> Tensor:
+    """[cells^3, 3] x, y, z of the centres, x fastest."""
+    axis = ((torch.arange(cells, device=like.device, dtype=like.dtype) + 0.5) / cells - 0.5) * box_side
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    return torch.stack([x, y, z], dim=-1).flatten(0, 2)
+
+
+def _fine_grid(centres: Tensor, target: Tensor, reference: Tensor, faces: Tensor, published: bool) -> Tensor:
+    """[4, G^3]; cells whose weight vanishes get a zero offset and the distance to the nearest vertex."""
+    to_vertex = torch.cdist(centres, target, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    triangles = target[faces]
+    longest = (triangles - triangles.roll(1, dims=1)).norm(dim=-1).max()
+    near = to_vertex - longest < SKIP_DISTANCE
+    result = torch.cat([torch.zeros_like(centres), to_vertex.square()[:, None]], dim=1)
+    result[near] = torch.cat(surface_offset(centres[near], triangles, reference[faces], published), dim=1)
+    return result.T
+
+
+def surface_offset(points: Tensor, target: Tensor, reference: Tensor, published: bool) -> tuple[Tensor, Tensor]:
+    """Offset [P, 3] that carries points [P, 3] from triangles target [f, 3, 3] to reference, and squared distance [P, 1] to the surface."""
+    found = nearest_triangle(points, target, PUBLISHED_MIN_AREA if published else 0.0)
+    source, goal = target[found.face], reference[found.face]
+    if published:
+        weights = found.projection
+        normal = F.normalize(torch.linalg.cross(source[:, 1] - source[:, 0], source[:, 2] - source[:, 0]), dim=-1)
+        goal_normal = F.normalize(torch.linalg.cross(goal[:, 1] - goal[:, 0], goal[:, 2] - goal[:, 0]), dim=-1)
+        height = ((points - (weights[..., None] * source).sum(1)) * normal).sum(-1, keepdim=True)
+        carried = (weights[..., None] * goal).sum(1) + height * goal_normal
+    else:
+        weights = found.closest
+        residual = points - (weights[..., None] * source).sum(1)
+        local = (_frame(source) * residual[:, :, None]).sum(1)  # frame^T r
+        carried = (weights[..., None] * goal).sum(1) + (_frame(goal) * local[:, None, :]).sum(2)
+    return carried - points, found.distance_squared[:, None]
+
+
+class Nearest(NamedTuple):
+    """Nearest triangles of P points."""
+
+    face: Tensor  # [P] int64
+    distance_squared: Tensor  # [P]
+    projection: Tensor  # [P, 3] barycentric weights of the projection onto the plane, not clamped
+    closest: Tensor  # [P, 3] barycentric weights of the closest point of the triangle
+
+
+def nearest_triangle(points: Tensor, triangles: Tensor, min_area: float = 0.0) -> Nearest:
+    """Exhaustive search; triangles smaller than `min_area` (scene units squared) are measured to their edges only."""
+    budget = PAIRS_PER_CHUNK_CUDA if points.device.type == "cuda" else PAIRS_PER_CHUNK_CPU
+    step = max(1, budget // len(triangles))
+    faces = [_pairs(points[i : i + step, None], triangles[None], min_area)[0].argmin(1) for i in range(0, len(points), step)]
+    face = torch.cat(faces) if faces else torch.zeros(0, dtype=torch.int64, device=points.device)
+    return Nearest(face, *_pairs(points, triangles[face], min_area))
+
+
+def _pairs(points: Tensor, triangles: Tensor, min_area: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared distance [...], projection weights [..., 3] and closest-point weights [..., 3] of broadcast pairs.
+
+    With e0 = b - a, e1 = c - a, w = p - a every quantity follows from five dot products per triangle and three per pair
+    (Ericson, Real-Time Collision Detection, sections 3.4 and 5.1).
+    """
+    a = triangles[..., 0, :]
+    e0, e1 = triangles[..., 1, :] - a, triangles[..., 2, :] - a
+    d00, d01, d11 = _dot(e0, e0), _dot(e0, e1), _dot(e1, e1)
+    w = points - a
+    ww, w0, w1 = _dot(w, w), _dot(w, e0), _dot(w, e1)
+    gram = (d00 * d11 - d01 * d01).clamp(min=1e-20)  # (2 area)^2
+    v, u = (d11 * w0 - d01 * w1) / gram, (d00 * w1 - d01 * w0) / gram
+    inside = (v >= 0) & (u >= 0) & (v + u <= 1) & (gram > 1e-19) & (gram >= 4 * min_area**2)
+    plane = (ww - v * w0 - u * w1).clamp(min=0)
+
+    s_ab = (w0 / d00.clamp(min=1e-20)).clamp(0, 1)
+    s_ac = (w1 / d11.clamp(min=1e-20)).clamp(0, 1)
+    bc = d00 + d11 - 2 * d01
+    along_bc = w1 - w0 - d01 + d00
+    s_bc = (along_bc / bc.clamp(min=1e-20)).clamp(0, 1)
+    to_ab = ww - 2 * s_ab * w0 + s_ab.square() * d00
+    to_ac = ww - 2 * s_ac * w1 + s_ac.square() * d11
+    to_bc = ww - 2 * w0 + d00 - 2 * s_bc * along_bc + s_bc.square() * bc
+    to_edge = torch.minimum(torch.minimum(to_ab, to_ac), to_bc).clamp(min=0)
+    distance = torch.where(inside, plane, to_edge)
+    if distance.ndim > 1:
+        return distance, distance, distance  # the search needs no weights
+    projection = torch.stack([1 - v - u, v, u], dim=-1)
+    zero = torch.zeros_like(v)
+    on_edge = torch.where((to_ab <= torch.minimum(to_ac, to_bc))[:, None], torch.stack([1 - s_ab, s_ab, zero], -1), torch.where(
+        (to_ac <= to_bc)[:, None], torch.stack([1 - s_ac, zero, s_ac], -1), torch.stack([zero, 1 - s_bc, s_bc], -1)))  # fmt: skip
+    return distance, projection, torch.where(inside[:, None], projection, on_edge)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
+
+
+def _frame(triangles: Tensor) -> Tensor:
+    """Orthonormal axes as columns [P, 3, 3]: first edge, in-plane perpendicular, normal."""
+    first = F.normalize(triangles[:, 1] - triangles[:, 0], dim=-1)
+    normal = F.normalize(torch.linalg.cross(first, triangles[:, 2] - triangles[:, 0]), dim=-1)
+    return torch.stack([first, torch.linalg.cross(normal, first), normal], dim=-1)
