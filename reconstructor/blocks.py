@@ -1,9 +1,10 @@
-"""Layers that every reconstructor architecture shares: patch embedding, attention blocks, and the way from tokens back to feature maps and planes.
+"""Layers that every reconstructor architecture shares: patches to tokens, attention blocks, tokens back to feature maps and planes.
 
-The trunk is that of LP3D (Trevithick et al., SIGGRAPH 2023) with SegFormer blocks (Xie et al., arXiv:2105.15203); Portrait4D (arXiv:2311.18729) adds the
-cross-attention to motion tokens. Shapes: B batch, T tokens, C channels, H W the token grid.
+The trunk is that of LP3D (Trevithick et al., SIGGRAPH 2023) with SegFormer blocks (Xie et al., arXiv:2105.15203); Portrait4D
+(arXiv:2311.18729) adds the cross-attention to motion tokens. Shapes: B batch, T tokens, C channels, H W the token grid.
 """
 
+import itertools
 import math
 
 import torch
@@ -14,7 +15,7 @@ PUBLISHED_WIDTH = 1024  # token width at which the published initialisation (0.0
 
 
 def with_coordinates(image: Tensor) -> Tensor:
-    """Append two channels, x (grows to the right) and y (grows downwards), each from -1 at the first pixel to 1 at the last: [B, C, H, W] -> [B, C + 2, H, W]."""
+    """Append x (to the right) and y (downwards), from -1 at the first pixel to 1 at the last: [B, C, H, W] -> [B, C + 2, H, W]."""
     batch, _, height, width = image.shape
     x = torch.linspace(-1, 1, width, device=image.device, dtype=image.dtype).view(1, 1, 1, width)
     y = torch.linspace(-1, 1, height, device=image.device, dtype=image.dtype).view(1, 1, height, 1)
@@ -48,8 +49,8 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with biases, through torch's fused scaled_dot_product_attention.
 
-    Keys and values come from `context`, which is the sequence itself (self-attention) or another one (cross-attention). With `reduction` r > 1 a
-    self-attending sequence is first merged r x r to r*r times fewer keys (SegFormer eq. 2), which is what makes 128x128 tokens affordable.
+    Keys and values come from `context`, which is the sequence itself (self-attention) or another one (cross-attention). With
+    `reduction` r > 1 the context is first merged r x r to r*r times fewer keys (SegFormer eq. 2), which makes 128x128 tokens affordable.
     """
 
     def __init__(self, width: int, heads: int, reduction: int = 1):
@@ -79,7 +80,7 @@ class Attention(nn.Module):
 
 
 class MixFeedForward(nn.Module):
-    """SegFormer's Mix-FFN: linear, 3x3 depthwise convolution over the token grid (this is what tells tokens where they are), GELU, linear."""
+    """SegFormer's Mix-FFN: linear, 3x3 depthwise convolution over the grid (it tells tokens where they are), GELU, linear."""
 
     def __init__(self, width: int, ratio: int):
         super().__init__()
@@ -112,9 +113,10 @@ class TransformerBlock(nn.Module):
 class MotionBlock(TransformerBlock):
     """A TransformerBlock that first looks at motion tokens: x += s * CrossAttention(LN x, motion); then self-attention and Mix-FFN.
 
-    s is Portrait4D's disentangling switch, one number per sample: at 0 the sample is reconstructed without any motion. The output projection of the
-    cross-attention starts at zero, so that an untrained block is the static block. (The published code means this too, but re-initialises the projection
-    afterwards.) While it is zero no gradient reaches the queries, keys, values and motion tokens; they begin to learn one step later.
+    s is Portrait4D's disentangling switch, one number per sample: at 0 the sample is reconstructed without any motion. The output
+    projection of the cross-attention starts at zero, so that an untrained block is the static block. (The published code means this
+    too, but re-initialises the projection afterwards.) While it is zero no gradient reaches the queries, keys, values and motion
+    tokens; they begin to learn one step later.
     """
 
     def __init__(self, width: int, heads: int, ratio: int):
@@ -134,7 +136,7 @@ class MotionBlock(TransformerBlock):
 
 
 class FeatureHead(nn.Module):
-    """Tokens -> a smooth feature map: pixel shuffle x2, then `doublings` times (bilinear x2, 3x3 convolution, ReLU), then a 3x3 convolution.
+    """Tokens -> a smooth feature map: pixel shuffle x2, `doublings` times (bilinear x2, 3x3 convolution, ReLU), a 3x3 convolution.
 
     [B, H*W, C] -> [B, out, 2^(1 + doublings) H, ...].
     """
@@ -142,7 +144,7 @@ class FeatureHead(nn.Module):
     def __init__(self, token_width: int, hidden: int, out_channels: int, doublings: int):
         super().__init__()
         widths = [token_width // 4] + [hidden] * doublings
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
         self.out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -154,9 +156,9 @@ class FeatureHead(nn.Module):
 
 
 class PlaneDecoder(nn.Module):
-    """Merge low-frequency features with image detail into tri-planes (G_T): convolutions, attention blocks at half resolution, convolutions.
+    """Merge low-frequency features with image detail into tri-planes (G_T): convolutions, attention at half resolution, convolutions.
 
-    features [B, F, P, P], detail [B, D, P, P] -> planes [B, 3, C, P, P]. The last convolution starts small (std 0.015 at hidden 128, as the published weights show).
+    features [B, F, P, P], detail [B, D, P, P] -> planes [B, 3, C, P, P].
     """
 
     def __init__(
@@ -191,7 +193,7 @@ class PlaneDecoder(nn.Module):
 def _convolutions(*widths: int) -> nn.Sequential:
     """3x3 convolutions from each width to the next, each followed by a leaky ReLU (slope 0.01)."""
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:]):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(0.01)]
     return nn.Sequential(*layers)
 
@@ -199,8 +201,9 @@ def _convolutions(*widths: int) -> nn.Sequential:
 def initialize(root: nn.Module, token_width: int, generator: torch.Generator | None = None) -> None:
     """Draw the weights of `root` and everything below it.
 
-    Linear: truncated normal, std 0.02 at the published width of 1024, scaled with 1/sqrt(width) so that narrow networks pass signals equally well.
-    Convolution: He normal, fan-out. Biases zero. Cross-attention output projections zero (MotionBlock); last convolution of a PlaneDecoder small.
+    Linear: truncated normal, std 0.02 at the published width of 1024, scaled with 1/sqrt(width) so that narrow networks pass signals
+    equally well. Convolution: He normal, fan-out. Biases zero. Cross-attention output projections zero (MotionBlock). The last
+    convolution of a PlaneDecoder starts small: std 0.015 at 128 channels in, scaled likewise.
     """
     linear_std = 0.02 * math.sqrt(PUBLISHED_WIDTH / token_width)
     for module in root.modules():

@@ -1,6 +1,7 @@
-"""What a source image is read with: a global encoder (DeepLabV3 on a ResNet, no normalisation) and a detail encoder (a few convolutions)."""
+"""What reads a source image: a global encoder (DeepLabV3 on a ResNet, no normalisation) and a detail encoder (a few convolutions)."""
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -16,14 +17,22 @@ class GlobalEncoderConfig:
     """The global encoder. Defaults are the published run: DeepLabV3 on ResNet-34, output stride 8."""
 
     base_width: PositiveInt = 64  # channels of the stem and first stage; each further stage doubles them
-    stage_blocks: tuple[PositiveInt, ...] = (3, 4, 6, 3)  # residual blocks per stage; the second stage halves the size, later ones are dilated by 2, 4, ... instead
-    stem_pool: bool = True  # 3x3 max-pool after the first convolution (output stride 8); without it the output stride is 4, for small images
+    stage_blocks: tuple[PositiveInt, ...] = (
+        3,
+        4,
+        6,
+        3,
+    )  # residual blocks per stage; the second halves the size, later ones are dilated by 2, 4
+    stem_pool: bool = True  # max-pool after the first convolution: output stride 8; without it 4, for small images
     pyramid_dilations: tuple[PositiveInt, ...] = (12, 24, 36)  # of the parallel 3x3 convolutions of the pyramid (ASPP)
     out_width: PositiveInt = 256  # channels of each pyramid branch and of the output
 
     def __post_init__(self) -> None:
         if len(self.stage_blocks) < 2:
-            raise ConfigError(f"global_encoder: stage_blocks {self.stage_blocks} has {len(self.stage_blocks)} stage; give at least two numbers (the second stage halves the size)")
+            raise ConfigError(
+                f"global_encoder: stage_blocks {self.stage_blocks}: expected at least two numbers (the second stage halves the size), "
+                f"got {len(self.stage_blocks)}"
+            )
 
     @property
     def output_stride(self) -> int:
@@ -45,7 +54,7 @@ class ResidualBlock(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Atrous spatial pyramid pooling (DeepLabV3, arXiv:1706.05587): 1x1, dilated 3x3 and image-pooling branches side by side, joined by 1x1, then a 3x3."""
+    """Atrous spatial pyramid pooling (DeepLabV3, arXiv:1706.05587): 1x1, dilated 3x3 and pooled branches, joined by 1x1, then 3x3."""
 
     def __init__(self, in_width: int, out_width: int, dilations: tuple[int, ...]):
         super().__init__()
@@ -88,7 +97,8 @@ class GlobalEncoder(nn.Module):
     def temper_residuals(self) -> None:
         """Shrink each residual branch so that a freshly drawn network keeps its signal's size through all blocks.
 
-        The published network starts from ImageNet weights; without them and without normalisation, He-initialised branches double the variance at each block.
+        The published network starts from ImageNet weights. Without them and without normalisation, He-initialised branches would
+        double the variance at each block.
         """
         branches = [block.conv2 for stage in self.stages for block in stage]
         for conv in branches:
@@ -97,13 +107,13 @@ class GlobalEncoder(nn.Module):
 
 
 class DetailEncoder(nn.Module):
-    """Image with coordinates [B, 5, H, W] -> fine features [B, width, H/2, W/2]: 7x7 of stride 2, then 3x3s, a leaky ReLU (0.01) after each."""
+    """Image with coordinates [B, 5, H, W] -> fine features [B, width, H/2, W/2]: 7x7 of stride 2, 3x3s; leaky ReLU (0.01) after each."""
 
     def __init__(self, stem_width: int, width: int, layers: int, in_channels: int = 5):
         super().__init__()
         widths = [stem_width] + [width] * layers
         self.convs = nn.ModuleList([nn.Conv2d(in_channels, stem_width, 7, stride=2, padding=3)])
-        self.convs.extend(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.convs.extend(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
 
     def forward(self, image: Tensor) -> Tensor:
         features = image

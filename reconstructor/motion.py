@@ -3,11 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IMAGE_MOTION_SIZE = 548  # eyes 6, emotion 30, mouth features 512: what a motion encoder reads off a picture (Portrait4D); FLAME's is labels.MOTION_VECTOR_SIZE
+# Eyes 6, emotion 30, mouth features 512: what Portrait4D's motion encoder reads off a picture. FLAME's is labels.MOTION_VECTOR_SIZE.
+IMAGE_MOTION_SIZE = 548
 
 
 class MotionTokens(nn.Module):
-    """Motion vector [B, motion_dim] -> tokens [B, count, width]: two linear layers with leaky ReLU (0.01), then one linear layer to all tokens at once.
+    """Motion vector [B, motion_dim] -> tokens [B, count, width]: two linear layers with leaky ReLU (0.01), one linear to all tokens.
 
     Nothing is assumed about the vector except its length; it is not normalised here.
     """

@@ -1,8 +1,8 @@
 """The published reconstructor's parameter names, and the check of our network against its reference numbers.
 
-The table maps the published state dict onto Portrait4D's, one to one and without scaling. Its renderer (decoder, super-resolution, w_avg) has GenHead's
-names and is not in the table. The check fills our network with weights that anyone can regenerate and compares each stage with what the published network
-computed from the same weights.
+The table maps the published state dict onto Portrait4D's, one to one and without scaling. Its renderer (decoder, super-resolution, w_avg)
+has GenHead's names and is not in the table. The check fills our network with weights that anyone can regenerate and compares each stage
+with what the published network computed from the same weights.
 """
 
 from __future__ import annotations
@@ -62,8 +62,11 @@ GLOBAL_ENCODER_NAMES: Names = (
             "encoder_global.decoder.1": "global_encoder.pyramid.out",
         }
     ),
-    *((rf"encoder_global\.encoder\.layer{k}\.(\d+)\.(conv[12])\.weight", rf"global_encoder.stages.{k - 1}.\1.\2.weight") for k in (1, 2, 3, 4)),
-    *((rf"encoder_global\.encoder\.layer{k}\.(\d+)\.downsample\.0\.weight", rf"global_encoder.stages.{k - 1}.\1.shortcut.weight") for k in (2, 3, 4)),
+    *(
+        (rf"encoder_global\.encoder\.layer{k}\.(\d+)\.{theirs}\.weight", rf"global_encoder.stages.{k - 1}.\1.{ours}.weight")
+        for k in (1, 2, 3, 4)
+        for theirs, ours in (("conv1", "conv1"), ("conv2", "conv2"), (r"downsample\.0", "shortcut"))
+    ),
 )
 ENCODER_CANONICAL_NAMES: Names = (
     *_layers(
@@ -121,8 +124,8 @@ RENDERER_PREFIXES = ("decoder.", "superresolution.", "w_avg")  # what a publishe
 def load_published(model: Portrait4D, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy published tensors (published names) into `model`. Tensors of the renderer are left out; the others must fit exactly.
 
-    Raises AssetError that names what is missing, unknown or of another shape; `where` says where the tensors came from. The model is then unchanged.
-    A model built on the meta device takes the tensors themselves, without a copy.
+    Raises AssetError that names what is missing, unknown or of another shape, and leaves the model unchanged; `where` says where the
+    tensors came from. A model built on the meta device takes the tensors themselves, without a copy.
     """
     ours = model.state_dict()
     renamed = rename({name: tensor for name, tensor in tensors.items() if not name.startswith(RENDERER_PREFIXES)}, PORTRAIT4D_NAMES, where)
@@ -134,7 +137,10 @@ def load_published(model: Portrait4D, tensors: Mapping[str, Tensor], where: str)
             problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(ours[name].shape)}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise AssetError(f"{where}: not a published reconstructor of this size: {'; '.join(problems[:5])}{more}; use the default Portrait4DConfig for the published network")
+        raise AssetError(
+            f"{where}: not a published reconstructor of this size: {'; '.join(problems[:5])}{more}; "
+            "use the default Portrait4DConfig for the published network"
+        )
     model.load_state_dict(renamed, assign=next(model.parameters()).is_meta)
 
 
@@ -151,13 +157,15 @@ class StageAgreement(NamedTuple):
 
 
 def check_stages(folder: Path) -> list[StageAgreement]:
-    """Compare each stage of the published-size network with the reference numbers in `folder` (recipe.json, io.npz). About 3 GB; 20 to 30 s on one core.
+    """Compare each stage of the published-size network with the numbers in `folder` (recipe.json, io.npz). 3 GB; 20 s on one core.
 
     Raises AssetError when a file is missing or the recipe does not fit the network.
     """
     numbers = folder / "io.npz"
     if not numbers.is_file():
-        raise AssetError(f"{numbers}: expected the reference inputs and outputs, found no such file; give the folder that holds recipe.json and io.npz")
+        raise AssetError(
+            f"{numbers}: expected the reference inputs and outputs, found no such file; give the folder that holds recipe.json and io.npz"
+        )
     with torch.device("meta"):
         model = Portrait4D(Portrait4DConfig()).eval()
     load_published(model, read_recipe(folder), str(folder / "recipe.json"))

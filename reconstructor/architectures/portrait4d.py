@@ -1,4 +1,4 @@
-"""Portrait4D's animatable tri-plane reconstructor Psi (arXiv:2311.18729, section 3.3): one image and two motion vectors -> tri-planes and a background.
+"""Portrait4D's animatable tri-plane reconstructor (arXiv:2311.18729, section 3.3): image and two motion vectors -> tri-planes, background.
 
 The planes hold the source's identity with the driver's expression and a straight neck; the renderer bends the neck.
 """
@@ -77,8 +77,8 @@ class Portrait4D(nn.Module):
     image -> encode_source -> SourceCode -> deexpress(source motion) -> canonical tokens     once per source
                                             reenact(driving motion)  -> planes               once per frame
 
-    The switch `motion_scale` [B] multiplies the residual of every cross-attention of its sample: 1 reenacts, 0 reconstructs the picture as it is, and
-    then neither motion vector has any effect.
+    The switch `motion_scale` [B] multiplies the residual of every cross-attention of its sample: 1 reenacts; 0 reconstructs the picture
+    as it is, and then neither motion vector has any effect.
     """
 
     def __init__(self, config: Portrait4DConfig, generator: torch.Generator | None = None):
@@ -118,7 +118,10 @@ class Portrait4D(nn.Module):
         return SourceCode(self.global_encoder(placed), self.detail_encoder(placed), self.background(placed))
 
     def deexpress(self, source: SourceCode, source_motion: Tensor, motion_scale: Tensor) -> Tensor:
-        """Take the source's expression out (Phi_de). source_motion [B, motion_dim], motion_scale [B] -> canonical tokens [B, T, token_width]; once per source."""
+        """Take the source's expression out (Phi_de), once per source: -> canonical tokens [B, T, token_width].
+
+        source_motion [B, motion_dim]; motion_scale [B].
+        """
         tokens, grid = self.patch_embed(source.global_features)
         motion_tokens = self.source_motion(source_motion)
         for block in self.deexpression:

@@ -25,7 +25,7 @@ def test_the_first_token_is_the_first_stretch_of_the_projection():
 
 
 def test_a_vector_of_another_length_is_refused_with_both_lengths():
-    with pytest.raises(AssertionError, match="109.*548"):
+    with pytest.raises(AssertionError, match=r"109.*548"):
         MotionTokens(548, hidden=4, count=2, width=6)(torch.zeros(1, 109))
 
 
