@@ -7,21 +7,22 @@ import dataclasses
 from torch import Tensor, nn
 
 from head3d.networks.stylegan2 import Mapping, Synthesis
+from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
 class BackgroundConfig:
     """Defaults are the published run."""
 
-    resolution: int = 64  # px, a power of two; the renderer resizes the result to its own resolution
-    channels: int = 32  # feature channels, as many as the renderer's
-    z_dim: int = 512  # width of the latent, the same one that drives the head
-    w_dim: int = 512  # width of the intermediate latent
-    mapping_layers: int = 8  # depth of the mapping network
-    channel_base: int = 16384  # feature channels at size s are channel_base / s, at most channel_max
-    channel_max: int = 512  # most feature channels of any layer
-    half_precision_blocks: int = 4  # the last ... blocks in float16, on CUDA only
-    conv_clamp: float | None = 256.0  # limit of every layer's output; keeps float16 finite, and acts in float32 too
+    resolution: PositiveInt = 64  # px, a power of two; the renderer resizes the result to its own resolution
+    channels: PositiveInt = 32  # feature channels, as many as the renderer's
+    z_dim: PositiveInt = 512  # width of the latent, the same one that drives the head
+    w_dim: PositiveInt = 512  # width of the intermediate latent
+    mapping_layers: PositiveInt = 8  # depth of the mapping network
+    channel_base: PositiveInt = 16384  # feature channels at size s are channel_base / s, at most channel_max
+    channel_max: PositiveInt = 512  # most feature channels of any layer
+    half_precision_blocks: NonNegativeInt = 4  # the last ... blocks in float16, on CUDA only
+    conv_clamp: PositiveFloat | None = 256.0  # limit of every layer's output; keeps float16 finite, and acts in float32 too
 
 
 class BackgroundGenerator(nn.Module):

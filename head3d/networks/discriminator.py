@@ -19,21 +19,22 @@ from head3d.networks.stylegan2 import (
     block_channels,
     block_resolutions,
 )
+from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
     """Defaults are the published run."""
 
-    resolution: int = 512  # px, a power of two; the side of the images it judges
-    channels_in: int = 10  # final image 3, raw image 3, correspondence map 3, opacity 1
-    channel_base: int = 32768  # feature channels at size s are channel_base / s, at most channel_max
-    channel_max: int = 512  # most feature channels of any layer
-    camera_dim: int = 25  # length of the camera label it is conditioned on; 0 = unconditional
-    mapping_layers: int = 8  # depth of the network that embeds the camera
-    group_size: int = 2  # samples whose spread is shown to the last block; a batch it does not divide uses the next smaller divisor
-    half_precision_blocks: int = 4  # the first (largest) ... blocks in float16, on CUDA only
-    conv_clamp: float | None = 256.0  # limit of every layer's output; keeps float16 finite, and acts in float32 too
+    resolution: PositiveInt = 512  # px, a power of two; the side of the images it judges
+    channels_in: PositiveInt = 10  # final image 3, raw image 3, correspondence map 3, opacity 1
+    channel_base: PositiveInt = 32768  # feature channels at size s are channel_base / s, at most channel_max
+    channel_max: PositiveInt = 512  # most feature channels of any layer
+    camera_dim: NonNegativeInt = 25  # length of the camera label it is conditioned on; 0 = unconditional
+    mapping_layers: PositiveInt = 8  # depth of the network that embeds the camera
+    group_size: PositiveInt = 2  # samples whose spread is shown to the last block; a batch it does not divide uses the next smaller divisor
+    half_precision_blocks: NonNegativeInt = 4  # the first (largest) ... blocks in float16, on CUDA only
+    conv_clamp: PositiveFloat | None = 256.0  # limit of every layer's output; keeps float16 finite, and acts in float32 too
 
 
 class EqualizedConv(nn.Module):

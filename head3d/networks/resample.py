@@ -31,6 +31,32 @@ def image_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if fast else torch.contiguous_format)
 
 
+class _Depthwise(torch.autograd.Function):
+    """Depthwise correlation with a constant kernel, or (`transposed`) its adjoint. Each one's gradient is the other, at every order of differentiation.
+
+    torch's own second derivative of a grouped convolution loops over the channels to find a weight gradient that nobody asked for.
+    """
+
+    @staticmethod
+    def forward(context, x: Tensor, kernel: Tensor, stride: int, padding: int, transposed: bool, extra: tuple[int, int]) -> Tensor:
+        context.save_for_backward(kernel)
+        context.arguments = stride, padding, transposed
+        context.size = x.shape[-2:]
+        if transposed:
+            return functional.conv_transpose2d(x, kernel, stride=stride, padding=padding, output_padding=extra, groups=x.shape[1])
+        return functional.conv2d(x, kernel, stride=stride, padding=padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        (kernel,) = context.saved_tensors
+        stride, padding, transposed = context.arguments
+        # rows and columns at the far border that the strided filter never read, which its adjoint must return as zeros
+        extra = tuple((size + 2 * padding - taps) % stride for size, taps in zip(context.size, kernel.shape[-2:], strict=True))
+        kernel = kernel.to(gradient.dtype)  # differs under autocast
+        gradient = _Depthwise.apply(gradient, kernel, stride, padding, not transposed, (0, 0) if transposed else extra)
+        return gradient, None, None, None, None, None
+
+
 def blur(x: Tensor, padding: Padding = (2, 1), stride: int = 1, gain: float = 1.0, bias: Tensor | None = None) -> Tensor:
     """Filter x [B, C, H, W] with the 4-tap binomial kernel in both axes (sum = `gain`), then add `bias` [C].
 
@@ -41,13 +67,14 @@ def blur(x: Tensor, padding: Padding = (2, 1), stride: int = 1, gain: float = 1.
     kernel = _depthwise_filter(x.shape[1], gain, x.dtype, x.device)
     if before != after:
         x, before = functional.pad(x, (before, after, before, after)), 0
-    return functional.conv2d(x, kernel, bias, stride=stride, padding=before, groups=x.shape[1])
+    y = _Depthwise.apply(x, kernel, stride, before, False, (0, 0))
+    return y if bias is None else y + bias[:, None, None]
 
 
 def upsample2(x: Tensor) -> Tensor:
     """Double the size of x [B, C, H, W] -> [B, C, 2H, 2W]; bilinear weights (1/4, 3/4), zeros beyond the border."""
     kernel = _depthwise_filter(x.shape[1], 4.0, x.dtype, x.device)
-    return functional.conv_transpose2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+    return _Depthwise.apply(x, kernel, 2, 1, True, (0, 0))
 
 
 def downsample2(x: Tensor) -> Tensor:
@@ -68,6 +95,16 @@ def downsample2_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if weight.shape[-1] == 1:
         return functional.conv2d(downsample2(x), weight, bias)
     return functional.conv2d(blur(x, padding=(2, 2)), weight, bias, stride=2)
+
+
+def separable_filter(x: Tensor, taps: Tensor) -> Tensor:
+    """Filter both axes of x [B, C, H, W] with symmetric `taps` [2r + 1]; same size, zeros beyond the border."""
+    kernel = taps.expand(x.shape[1], 1, 1, -1).contiguous()
+    radius = len(taps) // 2
+    for axis in (-1, -2):
+        x = functional.conv2d(x, kernel, padding=(0, radius) if axis == -1 else (radius, 0), groups=x.shape[1])
+        kernel = kernel.transpose(-1, -2)
+    return x
 
 
 def resize_antialias(image: Tensor, size: int) -> Tensor:

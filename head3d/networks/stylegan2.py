@@ -292,7 +292,7 @@ class SynthesisBlock(nn.Module):
             x = self.conv0(x, next(w), noise, generator)
         x = self.conv1(x, next(w), noise, generator)
         added = self.to_image(x, next(w)).float()
-        return x, added if image is None else upsample2(image_layout(image)) + added
+        return x, added if image is None else upsample2(image_layout(image)).add_(added)
 
 
 def block_resolutions(resolution: int, where: str) -> list[int]:
@@ -342,7 +342,7 @@ class Synthesis(nn.Module):
         noise: Noise = "constant",
         generator: torch.Generator | None = None,  # for noise 'random'
     ) -> Tensor:
-        """Return the image [B, channels_out, resolution, resolution], float32, unbounded."""
+        """Return the image [B, channels_out, resolution, resolution], float32, unbounded; channels-last in memory on a CPU (so `reshape`, not `view`)."""
         assert ws.shape[1:] == (self.num_ws, self.w_dim), f"ws: expected [B, {self.num_ws}, {self.w_dim}], got {tuple(ws.shape)}"
         x = image = None
         first = 0
@@ -350,4 +350,4 @@ class Synthesis(nn.Module):
             x, image = block(x, image, ws[:, first : first + block.n_convs + 1].float(), noise, generator)
             first += block.n_convs
         assert image is not None
-        return image.contiguous()
+        return image

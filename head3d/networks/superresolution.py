@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from head3d.networks.resample import resize_antialias
 from head3d.networks.stylegan2 import SynthesisBlock
+from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt
 from head3d.run.errors import ConfigError
 
 
@@ -17,13 +18,13 @@ from head3d.run.errors import ConfigError
 class SuperResolutionConfig:
     """Defaults are the published run: 128 -> 512 pixels."""
 
-    input_resolution: int = 128  # px; raw image and features are resized to this before the first block
-    feature_channels: int = 32  # channels of the rendered features
-    channels: tuple[int, ...] = (256, 128)  # one block that doubles the size for each entry; its feature channels
-    w_dim: int = 512  # width of the style vector
+    input_resolution: PositiveInt = 128  # px; raw image and features are resized to this before the first block
+    feature_channels: PositiveInt = 32  # channels of the rendered features
+    channels: tuple[PositiveInt, ...] = (256, 128)  # one block that doubles the size for each entry; its feature channels
+    w_dim: PositiveInt = 512  # width of the style vector
     style: Literal["ones", "given"] = "ones"  # ones: w = 1 for everybody, as the published generator was trained; given: the last of the ws passed in
-    half_precision_blocks: int = 2  # the last ... blocks in float16, on CUDA only
-    conv_clamp: float | None = 256.0  # limit of every layer's output; keeps float16 finite, and acts in float32 too
+    half_precision_blocks: NonNegativeInt = 2  # the last ... blocks in float16, on CUDA only
+    conv_clamp: PositiveFloat | None = 256.0  # limit of every layer's output; keeps float16 finite, and acts in float32 too
 
     @property
     def output_resolution(self) -> int:
