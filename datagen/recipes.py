@@ -1,0 +1,240 @@
+"""Who, which motions, which cameras: pure functions of (config, seed, identity).
+
+Every aspect of an identity draws from its own stream, `numpy_generator(seed, "identity", identity, aspect)`, so neither the order,
+the number of workers nor a later setting of another aspect changes it. Distributions follow Portrait4D's synthesis
+(portrait4d, section 5); where the published code draws rows of fitted labels, a parametric distribution with the statistics of
+those labels stands in, which is stated at each field.
+
+    dynamic  several motions, each from several cameras: reenactment pairs
+    static   one motion from several cameras: reconstruction pairs; no jaw augmentation, as published
+The neck is at rest in all of them: the camera carries the head's rotation (section 5, "neck = 0 always").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from head3d.cameras import orbit
+from head3d.labels import EXPRESSION_SIZE, SHAPE_SIZE, Motion
+from head3d.run.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from head3d.run.seeding import numpy_generator
+
+Kind = Literal["static", "dynamic"]
+Split = Literal["train", "val", "test"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LookAtCameras:
+    """Cameras drawn around the head (section 5, "Camera augmentation"). All published."""
+
+    yaw_rad: NonNegativeFloat = 0.78  # yaw ~ U(-, +)
+    pitch: tuple[float, float] = (-0.25, 0.65)  # parameter p ~ U; sin(elevation) = 2 p / pi, so -9.2 to +24.4 degrees
+    roll_rad: NonNegativeFloat = 0.25  # roll ~ U(-, +)
+    target_xy: NonNegativeFloat = 0.03  # point looked at: x, y ~ U(-, +), scene units
+    target_z: tuple[float, float] = (0.06, 0.12)  # point looked at: z ~ U, scene units
+    radius: tuple[float, float] = (3.65, 4.45)  # distance from that point ~ U, scene units
+
+
+@dataclasses.dataclass(frozen=True)
+class PortraitCameras:
+    """Cameras as fitted to portrait photographs; they stand in for the published draw of a fitted label (section 4 statistics)."""
+
+    yaw_std_rad: NonNegativeFloat = 0.25  # normal, cut at three deviations
+    pitch_std_rad: NonNegativeFloat = 0.12  # elevation, normal, cut at three deviations
+    roll_std_rad: NonNegativeFloat = 0.05  # normal, cut at three deviations
+    target_xy: NonNegativeFloat = 0.02  # the optical axis passes the origin this closely: U(-, +), scene units
+    radius_mean: PositiveFloat = 4.17  # scene units
+    radius_std: NonNegativeFloat = 0.16  # normal, cut to `radius`
+    radius: tuple[float, float] = (3.74, 4.45)  # smallest and largest radius, scene units
+
+
+@dataclasses.dataclass(frozen=True)
+class MotionDraws:
+    """Expression, jaw and gaze. Statistics of the published fitted labels (section 4); the published code draws their rows."""
+
+    expression_std: NonNegativeFloat = 2.1  # each component normal, cut at three deviations, one draw a motion
+    jaw_mean_rad: float = 0.024  # jaw x (opening), normal, never below 0
+    jaw_std_rad: NonNegativeFloat = 0.034
+    jaw_open_probability: Fraction = 0.5  # dynamic only: jaw x is replaced by U(jaw_open_rad) with this probability (published)
+    jaw_open_rad: tuple[float, float] = (0.0, 0.2)  # published
+    gaze_pitch_std_rad: NonNegativeFloat = 0.07  # both eyes share one rotation; normal, cut at three deviations
+    gaze_yaw_std_rad: NonNegativeFloat = 0.10
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeConfig:
+    """What is drawn for an identity. Defaults are the published distributions; counts are ours (published: 2 motions, 3 pictures)."""
+
+    dynamic_share: Fraction = 0.5  # of the identities; spread evenly over the identity numbers
+    dynamic_motions: PositiveInt = 4  # motions of a dynamic identity
+    dynamic_views: PositiveInt = 5  # cameras of each of its motions
+    static_views: PositiveInt = 5  # cameras of a static identity's one motion
+    truncation_psi: NonNegativeFloat = 0.95  # of the generator's mapping; the background is never truncated
+    shape_std: NonNegativeFloat = 0.92  # each shape component normal, cut at three deviations
+    look_at_probability: Fraction = 0.5  # a camera is a look-at camera with this probability, else like a fitted portrait's
+    look_at: LookAtCameras = LookAtCameras()  # the first sort of cameras
+    portrait: PortraitCameras = PortraitCameras()  # the second
+    motion: MotionDraws = MotionDraws()  # expression, jaw, gaze
+    val_share: Fraction = 0.02  # of the identities
+    test_share: Fraction = 0.02  # of the identities
+    split_rule: Literal["hash", "modulo"] = "hash"  # hash: each identity by its own hash, shares hold on average; modulo: by its number among
+    # the identities of its kind, in a period of 1 / smaller share: val first, then test, then train, so that tiny sets hold some of each
+
+    def __post_init__(self) -> None:
+        if self.val_share + self.test_share > 1:
+            raise ValueError(f"val_share + test_share: expected at most 1, got {self.val_share + self.test_share:g}")
+
+
+class MotionRecipe(NamedTuple):
+    """One motion and the cameras that see it."""
+
+    motion: Motion  # [1, ...]
+    cameras: Tensor  # [V, 25] camera labels
+    draws: dict  # what was drawn by chance: jaw_opened, and look_at for each view
+
+
+class IdentityRecipe(NamedTuple):
+    """One identity, ready to be rendered."""
+
+    identity: int
+    kind: Kind
+    split: Split
+    seed: int  # of the data set
+    shape: Tensor  # [1, 300]
+    condition_camera: Tensor  # [1, 25] the mapping's camera: the first view of the first motion, for all pictures (published)
+    truncation_psi: float
+    motions: tuple[MotionRecipe, ...]
+
+    def latent(self, size: int) -> Tensor:
+        """z ~ N(0, 1), [1, size]; a shorter z is the beginning of a longer one."""
+        values = self.stream("z").standard_normal(size)
+        return torch.from_numpy(values.astype(np.float32))[None]
+
+    def stream(self, *aspect: str | int) -> np.random.Generator:
+        """The generator of one aspect of this identity."""
+        return numpy_generator(self.seed, "identity", self.identity, *aspect)
+
+
+def kind_of(config: RecipeConfig, identity: int) -> Kind:
+    """Dynamic identities are spread evenly: among the first n there are floor(n * dynamic_share)."""
+    return "dynamic" if _count(config, identity + 1) > _count(config, identity) else "static"
+
+
+def split_of(config: RecipeConfig, seed: int, identity: int) -> Split:
+    """The split of an identity; see `RecipeConfig.split_rule`."""
+    if config.split_rule == "hash":
+        place, val, test = float(numpy_generator(seed, "split", identity).random()), config.val_share, config.test_share
+    else:
+        shares = [share for share in (config.val_share, config.test_share) if share > 0]
+        if not shares:
+            return "train"
+        dynamic = _count(config, identity)
+        rank = dynamic if kind_of(config, identity) == "dynamic" else identity - dynamic
+        period = max(1, round(1 / min(shares)))
+        place, val, test = rank % period, round(config.val_share * period), round(config.test_share * period)
+    return "val" if place < val else "test" if place < val + test else "train"
+
+
+def frame_count(config: RecipeConfig, identity: int) -> int:
+    """Frames (motions) of an identity, without drawing it."""
+    return config.dynamic_motions if kind_of(config, identity) == "dynamic" else 1
+
+
+def draw_identity(config: RecipeConfig, seed: int, identity: int) -> IdentityRecipe:
+    """Everything there is to know about identity number `identity` of the data set with this seed."""
+    kind = kind_of(config, identity)
+    shape = config.shape_std * _cut_normal(numpy_generator(seed, "identity", identity, "shape"), SHAPE_SIZE)
+    views = config.dynamic_views if kind == "dynamic" else config.static_views
+    motions = []
+    for index in range(frame_count(config, identity)):
+        motion, jaw_opened = _draw_motion(config.motion, numpy_generator(seed, "identity", identity, "motion", index), kind)
+        cameras, look_at = _draw_cameras(config, numpy_generator(seed, "identity", identity, "cameras", index), views)
+        motions.append(MotionRecipe(motion, cameras, {"jaw_opened": jaw_opened, "look_at": look_at}))
+    return IdentityRecipe(
+        identity=identity,
+        kind=kind,
+        split=split_of(config, seed, identity),
+        seed=seed,
+        shape=_row(shape),
+        condition_camera=motions[0].cameras[:1].clone(),
+        truncation_psi=config.truncation_psi,
+        motions=tuple(motions),
+    )
+
+
+def camera_distances(config: RecipeConfig) -> tuple[float, float]:
+    """Bounds of |z of the world origin in camera axes| over every camera that can be drawn, scene units."""
+    look_at, portrait = config.look_at, config.portrait
+    reach = math.hypot(look_at.target_xy, look_at.target_xy, max(abs(z) for z in look_at.target_z))
+    near, far = look_at.radius[0] - reach, look_at.radius[1] + reach
+    reach = math.hypot(portrait.target_xy, portrait.target_xy)
+    return min(near, portrait.radius[0] - reach), max(far, portrait.radius[1] + reach)
+
+
+def _count(config: RecipeConfig, identities: int) -> int:
+    """Dynamic identities among the first `identities`. The small term keeps 10 * 0.3 at 3."""
+    return math.floor(identities * config.dynamic_share + 1e-9)
+
+
+def _draw_motion(config: MotionDraws, rng: np.random.Generator, kind: Kind) -> tuple[Motion, bool]:
+    expression = config.expression_std * _cut_normal(rng, EXPRESSION_SIZE)
+    jaw = max(0.0, config.jaw_mean_rad + config.jaw_std_rad * float(_cut_normal(rng, 1)[0]))
+    opened, open_jaw = bool(rng.random() < config.jaw_open_probability), rng.uniform(*config.jaw_open_rad)
+    opened = opened and kind == "dynamic"
+    pitch, yaw = _cut_normal(rng, 2) * (config.gaze_pitch_std_rad, config.gaze_yaw_std_rad)
+    motion = Motion(
+        expression=_row(expression),
+        neck_pose=torch.zeros(1, 3),
+        jaw_pose=_row(np.array([open_jaw if opened else jaw, 0.0, 0.0])),
+        eye_pose=_row(np.array([pitch, yaw, 0.0] * 2)),  # the eyes' roll cannot be seen
+    )
+    return motion, opened
+
+
+def _draw_cameras(config: RecipeConfig, rng: np.random.Generator, views: int) -> tuple[Tensor, list[bool]]:
+    """Camera labels [views, 25] and which of them are look-at cameras. Both sorts are drawn for every view, so that a changed
+    probability moves no other camera."""
+    around, fitted = config.look_at, config.portrait
+    rows, chosen = [], []
+    for _ in range(views):
+        is_look_at = bool(rng.random() < config.look_at_probability)
+        parameter = rng.uniform(*around.pitch)
+        look_at = (
+            rng.uniform(-around.yaw_rad, around.yaw_rad),
+            math.asin(2 * parameter / math.pi),
+            rng.uniform(-around.roll_rad, around.roll_rad),
+            rng.uniform(*around.radius),
+            rng.uniform(-around.target_xy, around.target_xy),
+            rng.uniform(-around.target_xy, around.target_xy),
+            rng.uniform(*around.target_z),
+        )
+        normal = _cut_normal(rng, 4)
+        portrait = (
+            fitted.yaw_std_rad * normal[0],
+            fitted.pitch_std_rad * normal[1],
+            fitted.roll_std_rad * normal[2],
+            float(np.clip(fitted.radius_mean + fitted.radius_std * normal[3], *fitted.radius)),
+            rng.uniform(-fitted.target_xy, fitted.target_xy),
+            rng.uniform(-fitted.target_xy, fitted.target_xy),
+            0.0,
+        )
+        rows.append(look_at if is_look_at else portrait)
+        chosen.append(is_look_at)
+    table = torch.tensor(rows, dtype=torch.float64)
+    yaw, pitch, roll, radius = table[:, 0], table[:, 1], table[:, 2], table[:, 3]
+    return orbit(yaw, pitch, radius, target=table[:, 4:7], roll_rad=roll).label().float(), chosen
+
+
+def _cut_normal(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Normal draws, cut at three deviations (a fixed number of draws, unlike rejection)."""
+    return np.clip(rng.standard_normal(size), -3.0, 3.0)
+
+
+def _row(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32))[None]

@@ -1,0 +1,302 @@
+"""The shard format: the table of members, their encodings, and the writer.
+
+    out/dataset.json                      schema, settings and their hash, generator and head-model hashes, plan, depth range: first
+    out/frames/000123.tar  + .json        pictures, labels, opacity, parts
+    out/labels/000123.tar  + .json        depth, foreground features, plane points; same keys
+    out/identities/000123.tar + .json     once per identity: background features
+    out/index.json                        rebuilt from the sidecars at any time
+
+A sample is a frame: one (identity, motion) with all its views; key {shard:06d}{frame:04d}. An identity's frames are adjacent in one
+shard. The .json beside a tar (its sidecar) is the commit mark and the index: SHA-256 of the tar, and offset, size and CRC-32 of each
+member. Both are pure functions of the settings: the same bytes whoever writes them, and whenever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from head3d.run.config import PositiveInt
+from head3d.run.errors import DataError
+from head3d.run.files import atomic_path, write_atomic
+
+SCHEMA = "headfoundry-shards/1"
+Family = Literal["frames", "labels", "identities"]
+FAMILIES: tuple[Family, ...] = ("frames", "labels", "identities")
+_BLOCK = 512  # of a tar file; every header here fits one
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardConfig:
+    """How frames are packed into files. Everything here changes bytes."""
+
+    identities_per_shard: PositiveInt = 48  # about 120 frames when half the identities have four motions
+    image_format: Literal["jpg", "png"] = "jpg"  # jpg: 4:4:4; png: lossless, about four times the bytes and the reading time
+    jpeg_quality: PositiveInt = 95  # 1 to 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """Ranges of the 16-bit members; stated in dataset.json."""
+
+    near: float  # scene units: depth 0
+    far: float  # scene units: depth 65535
+    box_side: float  # scene units: points 0 .. 65535 span -box_side/2 .. box_side/2
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One entry of a sample. Shapes: V views, S picture side, R rendering side, C features, P plane features, N points."""
+
+    family: Family
+    name: str  # what readers ask for; {view} stands for 0 .. V-1
+    kind: Literal["picture", "array", "json"]  # encoding: jpg or png, npy, UTF-8 JSON
+    dtype: str  # as stored
+    shape: tuple[str | int, ...]
+    scale: Literal["none", "unit", "depth", "box"]  # what integers stand for: [0, 1], [near, far], the box
+    note: str
+
+    def extension(self, image_format: str) -> str:
+        """The member's name in the tar, after the sample's key."""
+        return {"picture": f"{self.name}.{image_format}", "array": f"{self.name}.npy", "json": "json"}[self.kind]
+
+
+MEMBERS: tuple[Member, ...] = (
+    Member("frames", "rgb.{view}", "picture", "uint8", ("S", "S", 3), "none", "final picture of each view"),
+    Member("frames", "opacity", "array", "uint8", ("V", "R", "R"), "unit", "1 - transmittance"),
+    Member("frames", "parts", "array", "uint8", ("V", "R", "R"), "none", "mesh seen: 0 none, 1 skin, 2 eye, 3 mouth"),
+    Member("frames", "label", "array", "float32", ("V", 437), "none", "camera 25, shape 300, expression 100, neck 3, jaw 3, eyes 6"),
+    Member("frames", "background", "picture", "uint8", ("R", "R", 3), "none", "background colours"),
+    Member("frames", "json", "json", "", (), "none", "identity, motion, kind, split, seed, draws: with dataset.json, enough to render again"),
+    Member("labels", "depth", "array", "uint16", ("V", "R", "R"), "depth", "distance along the unit ray, scene units; far where empty"),
+    Member("labels", "foreground", "array", "float16", ("V", "C", "R", "R"), "none", "features before the background is added, [0, 1], premultiplied"),
+    Member("labels", "points", "array", "uint16", ("V", "N", 3), "box", "coarse-pass points, observation space, scene units"),
+    Member("labels", "point_features", "array", "float16", ("V", "N", "P"), "none", "head planes T_h at the points' canonical positions"),
+    Member("identities", "background", "array", "float16", ("C", "R", "R"), "none", "background features, [0, 1]"),
+)  # fmt: skip
+
+
+def members_of(family: Family) -> tuple[Member, ...]:
+    """The family's rows of the table."""
+    return tuple(member for member in MEMBERS if member.family == family)
+
+
+def sample_key(shard: int, index: int) -> str:
+    """The key of the index-th sample of a shard."""
+    return f"{shard:06d}{index:04d}"
+
+
+def shard_path(folder: Path, family: Family, shard: int) -> Path:
+    """The tar of one family of one shard; its sidecar has the suffix .json."""
+    return Path(folder) / family / f"{shard:06d}.tar"
+
+
+# Values <-> stored numbers ------------------------------------------------------------------------------------------------
+
+
+def quantise(values: np.ndarray, member: Member, scales: Scales) -> np.ndarray:
+    """Floats as the member stores them. Raises ValueError if a number is not finite or outside the member's range."""
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(f"{member.name} holds {np.count_nonzero(~np.isfinite(values))} numbers that are not finite")
+    if member.scale != "none":
+        low, high = _range(member, scales)
+        steps = np.iinfo(member.dtype).max
+        values = np.rint((values.astype(np.float64) - low) * (steps / (high - low)))
+        if values.size and (values.min() < -1 or values.max() > steps + 1):
+            raise ValueError(f"{member.name} must lie in [{low:g}, {high:g}], got steps {values.min():g} to {values.max():g} of {steps}")
+        values = np.clip(values, 0, steps)
+    with np.errstate(over="ignore"):  # checked in the next line
+        stored = values.astype(member.dtype)
+    if member.dtype == "float16" and not np.isfinite(stored).all():
+        raise ValueError(f"{member.name} is too large for float16: largest value {np.abs(values).max():g}")
+    return stored
+
+
+def dequantise(stored: np.ndarray, member: Member, scales: Scales) -> np.ndarray:
+    """Inverse of `quantise`: float32 where the numbers stand for a quantity, as stored for pictures and part numbers."""
+    if member.scale != "none":
+        low, high = _range(member, scales)
+        return stored.astype(np.float32) * np.float32((high - low) / np.iinfo(member.dtype).max) + np.float32(low)
+    return stored.astype(np.float32) if stored.dtype.kind == "f" else stored
+
+
+def _range(member: Member, scales: Scales) -> tuple[float, float]:
+    match member.scale:
+        case "unit":
+            return 0.0, 1.0
+        case "depth":
+            return scales.near, scales.far
+        case "box":
+            return -scales.box_side / 2, scales.box_side / 2
+        case _:
+            raise ValueError(f"no range belongs to scale {member.scale!r}")
+
+
+def encode_sample(family: Family, values: dict[str, Any], scales: Scales, config: ShardConfig) -> dict[str, bytes]:
+    """One sample's members as bytes by extension. `values` has an entry for each member name (`rgb` is [V, S, S, 3]).
+
+    Raises ValueError if a value is out of range (see `quantise`).
+    """
+    files = {}
+    for member in members_of(family):
+        if member.kind == "json":
+            files["json"] = json_bytes(values["json"])
+        elif member.kind == "array":
+            files[member.extension("")] = _npy(quantise(values[member.name], member, scales))
+        else:
+            name = member.name.removesuffix(".{view}")
+            pictures = values[name] if "{view}" in member.name else values[name][None]
+            for view, pixels in enumerate(pictures):
+                extension = member.extension(config.image_format).format(view=view)
+                files[extension] = _encode_picture(pixels, config)
+    return files
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON with sorted keys, so that equal values are equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def decode(data: bytes | memoryview, extension: str) -> Any:
+    """Bytes of one member to pixels uint8 [H, W, 3], an array as stored, or a JSON value. Raises ValueError if they are damaged."""
+    suffix = extension.rpartition(".")[2]
+    if suffix == "npy":
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    if suffix == "jpg":
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    if suffix == "png":
+        with Image.open(io.BytesIO(data)) as picture:
+            return np.asarray(picture.convert("RGB"))
+    if suffix == "json":
+        return json.loads(bytes(data))
+    raise ValueError(f"no decoder for members that end in .{suffix}")
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _encode_picture(pixels: np.ndarray, config: ShardConfig) -> bytes:
+    pixels = np.ascontiguousarray(pixels)
+    if config.image_format == "jpg":
+        return simplejpeg.encode_jpeg(pixels, quality=config.jpeg_quality, colorspace="RGB", colorsubsampling="444", fastdct=False)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
+# Writing ------------------------------------------------------------------------------------------------------------------
+
+
+class _HashedStream:
+    """A binary file that counts and hashes what passes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256, self.size, self.abandoned = file, hashlib.sha256(), 0, False
+
+    def write(self, data: bytes) -> int:
+        if self.abandoned:  # tarfile writes once more when it is collected
+            return len(data)
+        self.sha256.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+
+class ShardWriter:
+    """Adds samples to one tar through webdataset's TarWriter and notes where their members lie. Made by `write_shard`."""
+
+    def __init__(self, stream: _HashedStream) -> None:
+        from webdataset import TarWriter  # half a second; readers do without
+
+        self._stream, self.samples = stream, []
+        self._tar = TarWriter(stream, user="headfoundry", group="headfoundry", mode=0o444, compress=False, encoder=False, mtime=0)
+
+    def add(self, key: str, files: dict[str, bytes], info: dict[str, Any]) -> None:
+        """Write one sample: its members by extension, adjacent and sorted; `info` goes into the sidecar."""
+        offset = self._tar.tarstream.offset
+        members = {}
+        for extension in sorted(files):
+            data = files[extension]
+            members[extension] = [offset + _BLOCK, len(data), zlib.crc32(data)]
+            offset += _BLOCK + -(-len(data) // _BLOCK) * _BLOCK
+        self._tar.write({"__key__": key, **files})
+        assert self._tar.tarstream.offset == offset, "a tar header took more than one block"
+        self.samples.append({"key": key, **info, "members": members})
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._stream.size
+
+    def close(self) -> None:
+        self._tar.close()
+
+
+@contextlib.contextmanager
+def write_shard(folder: Path, family: Family, shard: int, facts: dict[str, Any]) -> Iterator[ShardWriter]:
+    """Write one family of one shard: give a writer, and when the block ends well flush and rename the tar, then its sidecar.
+
+    facts: what the sidecar states beside the samples (config hash, identities). If the block raises, or the process is killed,
+    nothing appears under the final names but possibly a tar without its sidecar, which counts as absent. Raises DataError if the disk is full.
+    """
+    path = shard_path(folder, family, shard)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        stream = _HashedStream(file)
+        writer = ShardWriter(stream)
+        try:
+            yield writer
+            writer.close()
+        except BaseException:
+            stream.abandoned = True
+            raise
+    sidecar = {
+        "schema": SCHEMA,
+        "family": family,
+        "shard": shard,
+        **facts,
+        "bytes": stream.size,
+        "sha256": stream.sha256.hexdigest(),
+        "samples": writer.samples,
+    }
+    write_atomic(path.with_suffix(".json"), json_bytes(sidecar))
+
+
+def read_sidecar(path: Path, family: Family, shard: int) -> dict[str, Any]:
+    """A sidecar's content. Raises DataError if it is no JSON, from another schema, or belongs elsewhere."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: could not be read as JSON ({error}); {remedy(path)}") from error
+    check_schema(content, path)
+    if not isinstance(content.get("samples"), list) or content.get("family") != family or content.get("shard") != shard:
+        raise DataError(
+            f"{path}: expected the sidecar of {family} shard {shard}, got {content.get('family')} shard {content.get('shard')}; "
+            f"the file was renamed or copied; {remedy(path)}"
+        )
+    return content
+
+
+def check_schema(content: Any, path: Path) -> None:
+    """Raise DataError if a JSON file of a data set is from another schema."""
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{path}: expected schema {SCHEMA!r}, got {schema!r}; read it with the program that wrote it, or generate it anew")
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged file of a shard."""
+    stem = path.with_suffix("")
+    return f"delete {stem}.tar and {stem}.json and call the same `headfoundry datagen` command again: it makes only what is missing"
