@@ -32,8 +32,8 @@ $(STAMP):
 	@if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
 		echo "Creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
 	@echo "Installing the pinned packages into $(VENV) (some minutes the first time)"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r requirements.lock
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

@@ -182,7 +182,7 @@ def _unknown_keys(kind: Any, values: Any, prefix: str) -> Iterator[str]:
                 if key in hints:
                     yield from _unknown_keys(hints[key], value, dotted)
                 else:
-                    close = difflib.get_close_matches(str(key), hints, n=3)
+                    close = [f"{prefix}.{name}" if prefix else name for name in difflib.get_close_matches(str(key), hints, n=3)]
                     hint = f"did you mean {' or '.join(close)}? " if close else ""
                     yield f"unknown key {dotted} (value {_short(value)}); {hint}allowed here: {', '.join(hints)}"
         elif isinstance(values, list):
