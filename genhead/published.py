@@ -16,8 +16,8 @@ The published state dict has four trainable parts and constant filters. Ours map
   *.resample_filter                    none: the fixed filter [1, 3, 3, 1], checked
   superresolution.*.noise_{const,strength}   none: the published super-resolution runs without noise
 
-All tensors are stored as they are trained: the equalised layers' gains are applied in use (the decoder's: 1/sqrt(32) and 1/sqrt(64), learning-rate
-multiplier 1), so values are copied without scaling.
+All tensors are stored as they are trained: the equalised layers' gains are applied in use (the decoder's: 1/sqrt(32) and
+1/sqrt(64), learning-rate multiplier 1), so values are copied without scaling.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from head3d.networks.resample import FILTER
 from head3d.run.errors import AssetError
 
-Names = tuple[tuple[str, str | None], ...]  # (pattern that the whole published name matches, our name with groups; None = has no counterpart)
+Names = tuple[tuple[str, str | None], ...]  # (pattern of the whole published name, our name with its groups; None = left out)
 
 
 def _synthesis(published: str, ours: str, noise: bool = True) -> Names:
@@ -69,7 +69,8 @@ GENHEAD_NAMES: Names = (
 def rename(tensors: Mapping[str, Tensor], names: Names, where: str) -> dict[str, Tensor]:
     """Published names -> ours; tensors without a counterpart are left out, the resampling filters after a check of their values.
 
-    Raises AssetError if a name matches no rule or a filter is not the one this network is written for. `where` names the source in the message.
+    Raises AssetError if a name matches no rule or a filter is not the one this network is written for. `where` names the source
+    in the message.
     """
     rules = [(re.compile(pattern), ours) for pattern, ours in names]
     taps = torch.tensor(FILTER)
@@ -78,7 +79,10 @@ def rename(tensors: Mapping[str, Tensor], names: Names, where: str) -> dict[str,
     for name, tensor in tensors.items():
         if name.split(".")[-1] == "resample_filter":
             if tensor.shape != kernel.shape or not torch.allclose(tensor.float().cpu(), kernel, atol=1e-6):
-                raise AssetError(f"{where}: {name}: expected the 4x4 filter [1, 3, 3, 1] x [1, 3, 3, 1] / 64, got {tuple(tensor.shape)} {tensor.flatten()[:4].tolist()}...; this network has no other filter")
+                raise AssetError(
+                    f"{where}: {name}: expected the 4x4 filter [1, 3, 3, 1] x [1, 3, 3, 1] / 64, got {tuple(tensor.shape)} "
+                    f"{tensor.flatten()[:4].tolist()}...; this network has no other filter"
+                )
             continue
         for pattern, ours in rules:
             match = pattern.fullmatch(name)
@@ -87,24 +91,31 @@ def rename(tensors: Mapping[str, Tensor], names: Names, where: str) -> dict[str,
                     renamed[match.expand(ours)] = tensor
                 break
         else:
-            raise AssetError(f"{where}: {name} {tuple(tensor.shape)}: expected a tensor of the published GenHead, got an unknown name; is this another network's file?")
+            raise AssetError(
+                f"{where}: {name} {tuple(tensor.shape)}: expected a tensor of the published GenHead, got an unknown name; "
+                "is this another network's file?"
+            )
     return renamed
 
 
 def read_recipe(folder: str | Path) -> dict[str, Tensor]:
     """Regenerate the reference weights that `folder`/recipe.json lists: published name -> tensor, in the file's order.
 
-    Entry: {"key", "shape", "constant"} or {"key", "shape", "mean", "std", "seed"}, the latter mean + std * randn(shape) of a CPU generator seeded with seed.
-    Raises AssetError if the file is missing or malformed.
+    Entry: {"key", "shape", "constant"} or {"key", "shape", "mean", "std", "seed"}, the latter mean + std * randn(shape) of a CPU
+    generator seeded with seed. Raises AssetError if the file is missing or malformed.
     """
     path = Path(folder) / "recipe.json"
     if not path.is_file():
-        raise AssetError(f"{path}: expected the recipe of the reference weights, found no such file; give the folder that holds recipe.json and io.npz")
+        raise AssetError(
+            f"{path}: expected the recipe of the reference weights, found no such file; give the folder that holds recipe.json and io.npz"
+        )
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         return {entry["key"]: _tensor(entry) for entry in entries}
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise AssetError(f"{path}: expected a list of entries with key, shape and constant or mean, std, seed; got {error!r}; is the file whole?") from error
+        raise AssetError(
+            f"{path}: expected a list of entries with key, shape and constant or mean, std, seed; got {error!r}; is the file whole?"
+        ) from error
 
 
 def _tensor(entry: dict) -> Tensor:

@@ -1,13 +1,14 @@
-"""The game between a generator and a discriminator: losses, gradient penalty, blur schedule, lazily corrected Adam, averaged weights.
+"""The game between a generator and a discriminator: losses, gradient penalty, blur, lazily corrected Adam, averaged weights.
 
-Sources: non-saturating logistic loss (arXiv:1406.2661), R1 (arXiv:1801.04406, eq. 9), lazy regularisation (arXiv:1912.04958, section 3.1), averaged
-weights (arXiv:1710.10196), blur and dual discrimination (arXiv:2112.07945, sections 4.3 and 5; portrait4d section 3).
+Sources: non-saturating logistic loss (arXiv:1406.2661), R1 (arXiv:1801.04406, eq. 9), lazy regularisation (arXiv:1912.04958,
+section 3.1), averaged weights (arXiv:1710.10196), blur and dual discrimination (arXiv:2112.07945, sections 4.3 and 5; portrait4d
+section 3).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,6 @@ from torch.nn import functional
 
 from head3d.networks.resample import separable_filter
 from head3d.run.config import NonNegativeFloat
-
-# Channels of the discriminator's input.
-IMAGE = slice(0, 3)  # final picture
-RAW = slice(3, 6)  # neural rendering, resized to the picture's size
-CORRESPONDENCE = slice(6, 9)  # canonical position of the visible surface
-OPACITY = slice(9, 10)  # resized to the picture's size
 
 GRADIENT_LIMIT = 1e5  # what an infinite gradient is replaced by
 
@@ -45,20 +40,16 @@ class R1Weights:
 
 
 def r1_penalty(
-    logits: Tensor,  # [B, 1] of real samples, computed from `images`
-    images: Tensor | tuple[Tensor, Tensor, Tensor, Tensor],  # requires grad; the stacked input [B, 10, S, S], or its four parts before resizing and stacking
+    logits: Tensor,  # [B, 1] of real samples, computed from `inputs`
+    inputs: Sequence[Tensor],  # image, raw image, correspondence map, opacity, each [B, C, H, W] at its own size; they require grad
     weights: R1Weights,
 ) -> Tensor:
-    """Mean over the batch of 1/2 sum_g weight_g |d logit / d input_g|^2, a scalar that can be differentiated (R1, one weight per input).
+    """R1 with one weight per input: the batch mean of 1/2 sum_g weight_g |d logit / d input_g|^2, a scalar; differentiable.
 
-    The published run differentiates by the four parts (image, raw, correspondence, opacity), raw and opacity at the rendering resolution R; by the stacked input,
-    a smooth gradient of those two counts up to (R/S)^2 times as much.
+    Raw image and opacity count at the rendering resolution R, as published: by the stacked input of size S, which holds them
+    enlarged, a smooth gradient of theirs would count (R/S)^2 times as much.
     """
-    parts = (images,) if isinstance(images, Tensor) else images
-    gradients = torch.autograd.grad(logits.sum(), parts, create_graph=True)
-    if isinstance(images, Tensor):
-        (gradient,) = gradients
-        gradients = tuple(gradient[:, channels] for channels in (IMAGE, RAW, CORRESPONDENCE, OPACITY))
+    gradients = torch.autograd.grad(logits.sum(), list(inputs), create_graph=True)
     factors = (weights.image, weights.image, weights.correspondence, weights.opacity)
     total = sum(factor * gradient.square().sum() for factor, gradient in zip(factors, gradients, strict=True))
     return total / (2 * len(logits))
@@ -70,9 +61,9 @@ def blur_sigma(images_seen: int, start_px: float, fade_images: int) -> float:
 
 
 def gaussian_blur(x: Tensor, sigma_px: float) -> Tensor:
-    """Blur x [B, C, H, W] with the published kernel 2^-(d / sigma)^2, |d| <= floor(3 sigma), zeros beyond the border; unchanged below sigma = 1/3.
+    """Blur x [B, C, H, W] with the published kernel 2^-(d / sigma)^2, |d| <= floor(3 sigma); unchanged below sigma = 1/3.
 
-    With base 2, the true standard deviation is sigma / sqrt(2 ln 2) = 0.85 sigma.
+    Beyond the border x is zero. With base 2, the true standard deviation is sigma / sqrt(2 ln 2) = 0.85 sigma.
     """
     radius = int(3 * sigma_px)
     if radius < 1:
@@ -138,4 +129,5 @@ class Ema:
         for average, current in zip(self.averaged.parameters(), network.parameters(), strict=True):
             average.lerp_(current.to(average.dtype), weight)
         for average, current in zip(self.averaged.buffers(), network.buffers(), strict=True):
-            average.copy_(current)
+            if average is not current:  # what both share, like the head model, needs no copy
+                average.copy_(current)

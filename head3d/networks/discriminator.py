@@ -1,4 +1,4 @@
-"""The discriminator: StyleGAN2's residual network (arXiv:1912.04958, section 4.1), conditioned on the camera by projection (arXiv:1802.05637)."""
+"""The discriminator: a residual network (StyleGAN2, arXiv:1912.04958, section 4.1) with projection (arXiv:1802.05637)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class EqualizedConv(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """Residual block that halves the size: [B, C, H, W] -> [B, C', H/2, W/2]. Both branches are scaled by sqrt(1/2), which keeps the variance."""
+    """Residual block that halves the size: [B, C, H, W] -> [B, C', H/2, W/2]. Scaling by sqrt(1/2) keeps the variance."""
 
     def __init__(self, channels: int, channels_out: int, half_precision: bool, clamp: float | None) -> None:
         super().__init__()
@@ -86,9 +86,10 @@ class DiscriminatorBlock(nn.Module):
 
 
 def minibatch_deviation(x: Tensor, group_size: int) -> Tensor:
-    """Append one channel: the mean, over channels and pixels, of the standard deviation within a group of samples (arXiv:1710.10196, section 3).
+    """Append one channel: the standard deviation within a group of samples, averaged (arXiv:1710.10196, section 3).
 
-    x [B, C, H, W] -> [B, C+1, H, W]. A group is samples n, n + B/g, n + 2B/g, ...; g is the largest divisor of B that is at most group_size. g = 1 gives ~0.
+    x [B, C, H, W] -> [B, C+1, H, W]. A group is samples n, n + B/g, n + 2B/g, ...; g is the largest divisor of B that is at most
+    group_size. The average is over channels and pixels; g = 1 gives ~0.
     """
     batch, _, height, width = x.shape
     size = next(g for g in range(min(group_size, batch), 0, -1) if batch % g == 0)

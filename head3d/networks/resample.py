@@ -1,8 +1,9 @@
 """Resampling of images and feature maps with the binomial filter [1, 3, 3, 1], and antialiased resizing; plain torch.
 
-A filtered upsampling by 2 is "insert zeros, then filter with gain 4"; a filtered downsampling by 2 is "filter, then keep every second sample". Both keep
-constants away from the border, use zeros beyond it, and keep pixel centres (half-pixel convention), like StyleGAN2 (arXiv:1912.04958, section 4.1;
-the filter is that of arXiv:1904.11486). The filter runs as a depthwise convolution, which measured fastest on CPUs, above all in channels-last layout.
+A filtered upsampling by 2 is "insert zeros, then filter with gain 4"; a filtered downsampling by 2 is "filter, then keep every
+second sample". Both keep constants away from the border, use zeros beyond it, and keep pixel centres (half-pixel convention),
+like StyleGAN2 (arXiv:1912.04958, section 4.1; the filter is that of arXiv:1904.11486). The filter runs as a depthwise
+convolution, which measured fastest on CPUs, above all in channels-last layout.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def image_layout(x: Tensor) -> Tensor:
 
 
 class _Depthwise(torch.autograd.Function):
-    """Depthwise correlation with a constant kernel, or (`transposed`) its adjoint. Each one's gradient is the other, at every order of differentiation.
+    """Depthwise correlation with a constant kernel, or (`transposed`) its adjoint; each is the gradient of the other.
 
-    torch's own second derivative of a grouped convolution loops over the channels to find a weight gradient that nobody asked for.
+    torch's own second derivative of a grouped convolution loops over the channels for a weight gradient that nobody asked for.
     """
 
     @staticmethod
@@ -60,8 +61,8 @@ class _Depthwise(torch.autograd.Function):
 def blur(x: Tensor, padding: Padding = (2, 1), stride: int = 1, gain: float = 1.0, bias: Tensor | None = None) -> Tensor:
     """Filter x [B, C, H, W] with the 4-tap binomial kernel in both axes (sum = `gain`), then add `bias` [C].
 
-    Returns [B, C, (H + before + after - 4) // stride + 1, ...]; beyond the border x is zero. The kernel has an even length, so padding (2, 1) keeps the size and
-    shifts by half a pixel; the callers below choose paddings that do not shift.
+    Returns [B, C, (H + before + after - 4) // stride + 1, ...]; beyond the border x is zero. The kernel has an even length, so
+    padding (2, 1) keeps the size and shifts by half a pixel; the callers below choose paddings that do not shift.
     """
     before, after = padding
     kernel = _depthwise_filter(x.shape[1], gain, x.dtype, x.device)
@@ -83,9 +84,10 @@ def downsample2(x: Tensor) -> Tensor:
 
 
 def upsample2_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """3x3 convolution that doubles the size, [B, Cin, H, W] -> [B, Cout, 2H, 2W]: insert zeros, convolve with `weight` [Cout, Cin, 3, 3], filter.
+    """Double the size by a 3x3 convolution, [B, Cin, H, W] -> [B, Cout, 2H, 2W]; `weight` [Cout, Cin, 3, 3].
 
-    The convolution is a transposed one (StyleGAN2 does the same), so the kernel acts mirrored compared with the layers that keep the size.
+    Insert zeros, convolve, filter. The convolution is a transposed one (StyleGAN2 does the same), so the kernel acts mirrored
+    compared with the layers that keep the size.
     """
     return blur(functional.conv_transpose2d(x, weight.transpose(0, 1), stride=2), padding=(1, 1), gain=4.0, bias=bias)
 
@@ -108,8 +110,7 @@ def separable_filter(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def resize_antialias(image: Tensor, size: int) -> Tensor:
-    """Resize image [B, C, H, W] -> [B, C, size, size], bilinear with the kernel widened when shrinking; returned as it is where the size fits."""
+    """Resize image [B, C, H, W] -> [B, C, size, size], bilinear, the kernel widened when shrinking; itself where it fits."""
     if image.shape[-2:] == (size, size):
         return image
     return functional.interpolate(image, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
-

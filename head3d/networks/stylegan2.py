@@ -1,14 +1,17 @@
 """StyleGAN2's layers and generator in plain torch: equalised layers, mapping, modulated convolution, skip synthesis.
 
-Sources: progressive growing (arXiv:1710.10196, section 4.1, equalised learning rate), StyleGAN2 (arXiv:1912.04958, section 2, weight demodulation,
-and section 4.1, skip generator). Initial weights and noise images come from torch's own generator, as in every `torch.nn` layer: seed it before building.
+Sources: progressive growing (arXiv:1710.10196, section 4.1, equalised learning rate), StyleGAN2 (arXiv:1912.04958, section 2,
+weight demodulation, and section 4.1, skip generator). Initial weights and noise images come from torch's own generator, as in
+every `torch.nn` layer: seed it before building.
 
-Two identities make it fast without a compiled operator. Leaky ReLU is positively homogeneous, g * lrelu(x) = lrelu(g * x) for g > 0, so its gain moves
-into the demodulation factors, the noise strength and the bias. Demodulation needs only sum_k W[o,i,k]^2: sum_{i,k} (s_i W[o,i,k])^2 = (W^2 summed over k) s^2.
+Two identities make it fast without a compiled operator. Leaky ReLU is positively homogeneous, g * lrelu(x) = lrelu(g * x) for
+g > 0, so its gain moves into the demodulation factors, the noise strength and the bias. Demodulation needs only sum_k W[o,i,k]^2:
+sum_{i,k} (s_i W[o,i,k])^2 = (W^2 summed over k) s^2.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -46,8 +49,9 @@ def activate(x: Tensor, activation: Activation, clamp: float | None = None) -> T
 class FullyConnected(nn.Module):
     """Linear layer with equalised learning rate: weights are stored with unit variance and scaled by 1/sqrt(fan-in) in use.
 
-    forward: [..., in_features] -> [..., out_features]. `lr_multiplier` m stores the weight as N(0, 1/m^2) and multiplies weight and bias by m in use,
-    so Adam's steps are m times as large; the stored bias starts at `bias_init`. 'leaky_relu' has slope 0.2 and gain sqrt(2).
+    forward: [..., in_features] -> [..., out_features]. `lr_multiplier` m stores the weight as N(0, 1/m^2) and multiplies weight
+    and bias by m in use, so Adam's steps are m times as large; the stored bias starts at `bias_init`. 'leaky_relu' has slope 0.2
+    and gain sqrt(2).
     """
 
     def __init__(
@@ -79,8 +83,8 @@ def normalize_second_moment(x: Tensor) -> Tensor:
 class Mapping(nn.Module):
     """The mapping network: latent z and condition c -> one w per sample, repeated for every layer of the synthesis network.
 
-    z and the embedded c are normalised, concatenated and passed through `layers` leaky-ReLU layers with a small learning rate. z_dim 0 or c_dim 0 leave that
-    input out. `w_average` is the running mean of w that truncation pulls towards.
+    z and the embedded c are normalised, concatenated and passed through `layers` leaky-ReLU layers with a small learning rate.
+    z_dim 0 or c_dim 0 leave that input out. `w_average` is the running mean of w that truncation pulls towards.
     """
 
     def __init__(
@@ -99,9 +103,7 @@ class Mapping(nn.Module):
         self.z_dim, self.c_dim, self.n_ws, self.average_decay = z_dim, c_dim, n_ws, average_decay
         self.embed = FullyConnected(c_dim, w_dim) if c_dim else None
         widths = [z_dim + (w_dim if c_dim else 0)] + [w_dim] * layers
-        self.layers = nn.ModuleList(
-            FullyConnected(a, b, "leaky_relu", lr_multiplier=lr_multiplier) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(FullyConnected(a, b, "leaky_relu", lr_multiplier=lr_multiplier) for a, b in itertools.pairwise(widths))
         self.register_buffer("w_average", torch.zeros(w_dim))
 
     def forward(
@@ -115,10 +117,12 @@ class Mapping(nn.Module):
         """Return ws [B, n_ws, w_dim]."""
         inputs = []
         if self.z_dim:
-            assert z is not None and z.shape[1:] == (self.z_dim,)
+            assert z is not None
+            assert z.shape[1:] == (self.z_dim,)
             inputs.append(normalize_second_moment(z.float()))
         if self.embed is not None:
-            assert c is not None and c.shape[1:] == (self.c_dim,)
+            assert c is not None
+            assert c.shape[1:] == (self.c_dim,)
             inputs.append(normalize_second_moment(self.embed(c.float())))
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
         for layer in self.layers:
@@ -147,8 +151,9 @@ def modulated_conv(
 ) -> Tensor:
     """Modulated convolution (StyleGAN2, arXiv:1912.04958, eqs. 1 and 3): W'[o,i,k] = s_i W[o,i,k] / |s W[o]|, applied per sample.
 
-    Returns [B, Cout, H', W'] in x's dtype. The styles scale the activations and not the weights ("unfused"), so one ordinary convolution serves the batch; a
-    single style is folded into the weights instead, which is the same up to rounding and leaves a plain convolution.
+    Returns [B, Cout, H', W'] in x's dtype. The styles scale the activations and not the weights ("unfused"), so one ordinary
+    convolution serves the batch; a single style is folded into the weights instead, which is the same up to rounding and leaves a
+    plain convolution.
     """
     styles = styles.to(weight.dtype)
     half = x.dtype == torch.float16
@@ -251,8 +256,8 @@ class ToImage(nn.Module):
 class SynthesisBlock(nn.Module):
     """One resolution of the skip generator: (upsampling) convolution, convolution, and an addition to the upsampled image.
 
-    `in_channels` 0 makes the first block: a learned constant replaces the input and the upsampling convolution. half_precision computes the features in float16,
-    on CUDA only; the image is always float32.
+    `in_channels` 0 makes the first block: a learned constant replaces the input and the upsampling convolution. half_precision
+    computes the features in float16, on CUDA only; the image is always float32.
     """
 
     def __init__(
@@ -308,9 +313,10 @@ def block_channels(resolution: int, channel_base: int, channel_max: int) -> int:
 
 
 class Synthesis(nn.Module):
-    """StyleGAN2's synthesis network, skip architecture: ws -> image of any number of channels (tri-planes, feature maps, colours).
+    """StyleGAN2's synthesis network, skip architecture: ws -> an image of any channels (tri-planes, features, colours).
 
-    Layer i of the network takes ws[:, i]; to_image of a block shares its w with the next block's first convolution. `num_ws` = 2 log2(resolution) - 2.
+    Layer i of the network takes ws[:, i]; to_image of a block shares its w with the next block's first convolution. There are
+    `num_ws` = 2 log2(resolution) - 2 of them.
     """
 
     def __init__(
@@ -342,7 +348,10 @@ class Synthesis(nn.Module):
         noise: Noise = "constant",
         generator: torch.Generator | None = None,  # for noise 'random'
     ) -> Tensor:
-        """Return the image [B, channels_out, resolution, resolution], float32, unbounded; channels-last in memory on a CPU (so `reshape`, not `view`)."""
+        """Return the image [B, channels_out, resolution, resolution], float32, unbounded.
+
+        It is channels-last in memory on a CPU: `reshape` it, `view` may fail.
+        """
         assert ws.shape[1:] == (self.num_ws, self.w_dim), f"ws: expected [B, {self.num_ws}, {self.w_dim}], got {tuple(ws.shape)}"
         x = image = None
         first = 0

@@ -22,7 +22,7 @@ class SuperResolutionConfig:
     feature_channels: PositiveInt = 32  # channels of the rendered features
     channels: tuple[PositiveInt, ...] = (256, 128)  # one block that doubles the size for each entry; its feature channels
     w_dim: PositiveInt = 512  # width of the style vector
-    style: Literal["ones", "given"] = "ones"  # ones: w = 1 for everybody, as the published generator was trained; given: the last of the ws passed in
+    style: Literal["ones", "given"] = "ones"  # ones: w = 1, as the published generator was trained; given: the last ws passed in
     half_precision_blocks: NonNegativeInt = 2  # the last ... blocks in float16, on CUDA only
     conv_clamp: PositiveFloat | None = 256.0  # limit of every layer's output; keeps float16 finite, and acts in float32 too
 
@@ -33,13 +33,14 @@ class SuperResolutionConfig:
 
 
 class SuperResolution(nn.Module):
-    """Raw image and features at the rendering resolution -> final image. No noise. With the style of ones the styles fold into plain convolutions."""
+    """Raw image and features as rendered -> final image. No noise; a style of ones folds into plain convolutions."""
 
     def __init__(self, config: SuperResolutionConfig) -> None:
         super().__init__()
         if not config.channels or config.input_resolution < 1:
             raise ConfigError(
-                f"super-resolution: expected at least one entry in channels and input_resolution >= 1, got {config.channels} and {config.input_resolution}"
+                "super-resolution: expected at least one entry in channels and input_resolution >= 1, "
+                f"got {config.channels} and {config.input_resolution}"
             )
         self.config = config
         widths = (config.feature_channels, *config.channels)

@@ -55,7 +55,9 @@ def test_downsampling_a_row_weighs_one_three_three_one() -> None:
     torch.testing.assert_close(downsample2(row)[0, 0, 1], torch.tensor([1.0, 3.0, 0.0]))
 
 
-@pytest.mark.parametrize(("before", "after", "stride", "gain"), [(2, 1, 1, 1.0), (1, 1, 2, 1.0), (2, 2, 1, 1.0), (1, 1, 1, 4.0), (0, 0, 1, 1.0)])
+@pytest.mark.parametrize(
+    ("before", "after", "stride", "gain"), [(2, 1, 1, 1.0), (1, 1, 2, 1.0), (2, 2, 1, 1.0), (1, 1, 1, 4.0), (0, 0, 1, 1.0)]
+)
 @pytest.mark.parametrize("size", [(6, 6), (5, 8)])
 def test_blur_equals_the_direct_loops(before: int, after: int, stride: int, gain: float, size: tuple[int, int]) -> None:
     x = draw(2, 3, *size)
@@ -112,7 +114,8 @@ def test_filters_differentiate_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = upsample2(x)
     y.float().sum().backward()
-    assert x.grad is not None and x.grad.dtype == torch.float32
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
     torch.testing.assert_close(x.grad[:, :, 1:-1, 1:-1], torch.full((1, 2, 2, 2), 4.0))
 
 
@@ -126,5 +129,6 @@ def test_antialiased_resizing_keeps_constants_and_fitting_images() -> None:
     x = draw(1, 3, 8, 8)
     assert resize_antialias(x, 8) is x
     torch.testing.assert_close(resize_antialias(torch.full((1, 1, 9, 9), 0.3), 4), torch.full((1, 1, 4, 4), 0.3))
-    halved = resize_antialias(torch.tensor([0.0, 0, 0, 0, 8, 0, 0, 0]).expand(1, 1, 8, 8), 4)  # triangle of half-width 2: weights 1 3 3 1 over 8
+    row = torch.tensor([0.0, 0, 0, 0, 8, 0, 0, 0])  # the kernel is a triangle of half-width 2: weights 1 3 3 1 over 8
+    halved = resize_antialias(row.expand(1, 1, 8, 8), 4)
     torch.testing.assert_close(halved[0, 0, 0], torch.tensor([0.0, 1.0, 3.0, 0.0]))

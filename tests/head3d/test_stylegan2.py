@@ -56,7 +56,8 @@ def test_mapping_ignores_the_length_of_z_and_truncates_towards_the_average() -> 
     torch.testing.assert_close(mapping(z, c, truncation_psi=0.0), mapping.w_average.expand(3, 5, 8))
     torch.testing.assert_close(mapping(z, c, truncation_psi=0.7), mapping.w_average + 0.7 * (ws - mapping.w_average))
     part = mapping(z, c, truncation_psi=0.7, cutoff=2)
-    assert torch.equal(part[:, 2:], ws[:, 2:]) and not torch.allclose(part[:, :2], ws[:, :2])
+    assert torch.equal(part[:, 2:], ws[:, 2:])
+    assert not torch.allclose(part[:, :2], ws[:, :2])
 
 
 def test_mapping_of_the_condition_alone_needs_no_latent() -> None:
@@ -123,7 +124,8 @@ def test_layer_adds_noise_and_bias_before_the_activation() -> None:
     torch.testing.assert_close(layer(x, w, "constant"), bend(sums + 0.3 * layer.noise))
     assert layer(x, w, "none").abs().max() == 1.5
     draws = [layer(x, w, "random", torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
 
 
 def tiny_synthesis(**options) -> Synthesis:
