@@ -8,7 +8,7 @@ label with its camera sets the neck to zero.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,18 +115,15 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_photographs(photographs: Sequence[Photograph], resolution: int) -> Iterator[tuple[Portrait, bool]]:
-    """(portrait, matte was given) of each, resized to `resolution` with an area-covering Lanczos filter.
+def read_photograph(photograph: Photograph, resolution: int) -> tuple[Portrait, bool]:
+    """(portrait, whether a matte was given), resized to `resolution` with Pillow's anti-aliased Lanczos filter.
 
     Where there is no matte, the stored one is 255 everywhere and the flag is False.
     """
-    for photograph in photographs:
-        image = np.asarray(_resize(_open(photograph.image), resolution))
-        if photograph.matte is None:
-            matte = np.full((resolution, resolution), 255, np.uint8)
-        else:
-            matte = np.asarray(_resize(_open(photograph.matte).convert("L"), resolution))
-        yield Portrait(image, matte, photograph.label), photograph.matte is not None
+    image = np.asarray(_resize(_open(photograph.image), resolution))
+    if photograph.matte is None:
+        return Portrait(image, np.full((resolution, resolution), 255, np.uint8), photograph.label), False
+    return Portrait(image, np.asarray(_resize(_open(photograph.matte).convert("L"), resolution)), photograph.label), True
 
 
 def _resize(picture: Image.Image, resolution: int) -> Image.Image:

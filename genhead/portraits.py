@@ -114,7 +114,8 @@ def _decode(data: bytes, mode: str) -> np.ndarray:
 class PortraitWriter:
     """Writes encoded portraits in order, one after the other; made by `create_record`."""
 
-    def __init__(self, environment: lmdb.Environment, resolution: int):
+    def __init__(self, environment: lmdb.Environment, resolution: int, folder: Path):
+        self.folder = folder  # under its temporary name; further files of the record go here
         self._environment = environment
         self._transaction = environment.begin(write=True)
         self._resolution = resolution
@@ -149,17 +150,20 @@ def create_record(path: Path, resolution: int, expected_count: int, metadata: di
         raise DataError(f"{path}: expected a new or empty folder for the portraits, but something is there; choose another --out or delete it")
     for left_over in path.parent.glob(f"{TEMPORARY_PREFIX}*-{path.name}"):
         shutil.rmtree(left_over)
-    # raw pixels bound the encoded size; the file is sparse and grows as it fills
-    map_size = (expected_count + 1) * (5 * resolution * resolution + 16_384) + (64 << 20)
     try:
         with atomic_folder(path) as partial:
-            with lmdb.open(str(partial), map_size=map_size, lock=False, sync=False) as environment:
-                writer = PortraitWriter(environment, resolution)
+            with lmdb.open(str(partial), map_size=_map_size(resolution, expected_count), lock=False, sync=False) as environment:
+                writer = PortraitWriter(environment, resolution, partial)
                 yield writer
                 writer.finish(metadata)
                 environment.sync(True)
     except lmdb.Error as error:
         raise DataError(f"{path}: could not write the portraits ({error}); nothing was kept, free some space or choose another --out") from error
+
+
+def _map_size(resolution: int, count: int) -> int:
+    """Upper bound of the file's size in bytes: raw pixels bound the encoded ones. The file grows only as it fills."""
+    return (count + 1) * (5 * resolution * resolution + 16_384) + (64 << 20)
 
 
 def write_portraits(path: Path, portraits: Iterable[Portrait], resolution: int, expected_count: int, metadata: dict, image_format: ImageFormat = "jpeg") -> None:
