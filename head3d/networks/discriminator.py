@@ -18,6 +18,7 @@ from head3d.networks.stylegan2 import (
     activation_gain,
     block_channels,
     block_resolutions,
+    feature_type,
 )
 from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -130,10 +131,10 @@ class Discriminator(nn.Module):
         """Return logits [B, 1], float32."""
         expected = (self.config.channels_in, self.config.resolution, self.config.resolution)
         assert images.shape[1:] == expected, f"images: expected [B, {expected}], got {tuple(images.shape)}"
-        half_input = self.config.half_precision_blocks > 0 and images.device.type == "cuda"
-        x = self.from_image(image_layout(images.to(torch.float16 if half_input else torch.float32)))
+        half_precision = self.config.half_precision_blocks > 0
+        x = self.from_image(image_layout(images.to(feature_type(half_precision, images.device))))
         for block in self.blocks.values():
-            x = block(x.to(torch.float16 if block.half_precision and x.device.type == "cuda" else torch.float32))
+            x = block(x.to(feature_type(block.half_precision, x.device)))
         x = self.conv(minibatch_deviation(x.float(), self.config.group_size))
         x = self.out(self.hidden(x.flatten(1)))
         if self.mapping is None:

@@ -253,6 +253,11 @@ class ToImage(nn.Module):
         return activate(modulated_conv(x, self.weight, styles, demodulate=False, bias=self.bias), "linear", self.clamp)
 
 
+def feature_type(half_precision: bool, device: torch.device) -> torch.dtype:
+    """Number format of a block's features: float16 where the block asks for it and the device is CUDA, else float32."""
+    return torch.float16 if half_precision and device.type == "cuda" else torch.float32
+
+
 class SynthesisBlock(nn.Module):
     """One resolution of the skip generator: (upsampling) convolution, convolution, and an addition to the upsampled image.
 
@@ -292,7 +297,7 @@ class SynthesisBlock(nn.Module):
         if self.const is not None:
             x = self.const[None]
         assert x is not None
-        x = image_layout(x.to(torch.float16 if self.half_precision and x.device.type == "cuda" else torch.float32))
+        x = image_layout(x.to(feature_type(self.half_precision, x.device)))
         if self.conv0 is not None:
             x = self.conv0(x, next(w), noise, generator)
         x = self.conv1(x, next(w), noise, generator)

@@ -121,6 +121,34 @@ def test_second_derivative_agrees_with_finite_differences() -> None:
         assert (above - below) / (2 * step) == pytest.approx(analytic[index].item(), rel=1e-4, abs=1e-6)
 
 
+def test_half_precision_changes_logits_and_penalty_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, camera = tiny(half_precision_blocks=1), draw(4, 25, seed=1)
+
+    def logits_and_gradient() -> tuple[Tensor, Tensor]:
+        images = draw(4, 10, 16, 16).requires_grad_()
+        logits = network(images, camera)
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+        gradient.square().sum().backward()
+        return logits, gradient
+
+    expected = logits_and_gradient()
+    types = []
+    monkeypatch.setattr("head3d.networks.discriminator.feature_type", lambda half, device: torch.float16 if half else torch.float32)
+    network.blocks["8"].register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    network.blocks["16"].register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    for ours, full in zip(logits_and_gradient(), expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - full).norm() / full.norm() < 0.02
+    assert types == [torch.float16, torch.float32]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_in_half_precision_agrees_with_the_cpu() -> None:
+    network, images, camera = tiny(half_precision_blocks=1), draw(4, 10, 16, 16), draw(4, 25, seed=1)
+    expected = network(images, camera)
+    assert (network.cuda()(images.cuda(), camera.cuda()).cpu() - expected).abs().max() < 0.02
+
+
 def test_a_wrong_resolution_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"discriminator.*power of two.*48"):
         Discriminator(DiscriminatorConfig(resolution=48))

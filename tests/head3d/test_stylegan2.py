@@ -144,6 +144,33 @@ def test_synthesis_takes_two_ws_for_each_resolution() -> None:
     assert network(draw(2, 6, 6).float()).shape == (2, 5, 16, 16)
 
 
+def in_half_precision(half_precision: bool, device: torch.device) -> torch.dtype:
+    """feature_type without its condition on the device: the float16 code runs on a CPU too, only slowly."""
+    return torch.float16 if half_precision else torch.float32
+
+
+def test_half_precision_blocks_change_the_image_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, ws = tiny_synthesis(half_precision_blocks=3, conv_clamp=256.0), draw(2, 6, 6).float()
+    expected = network(ws)
+    monkeypatch.setattr("head3d.networks.stylegan2.feature_type", in_half_precision)
+    types = []
+    for block in network.blocks.values():
+        block.conv1.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    image = network(ws)
+    assert types == [torch.float32, torch.float16, torch.float16]  # the 4x4 block stays in float32
+    assert image.dtype == torch.float32
+    assert 0 < (image - expected).abs().max() < 0.02
+    image.square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_in_half_precision_agrees_with_the_cpu() -> None:
+    network, ws = tiny_synthesis(half_precision_blocks=2, conv_clamp=256.0), draw(2, 6, 6).float()
+    expected = network(ws)
+    assert (network.cuda()(ws.cuda()).cpu() - expected).abs().max() < 0.02
+
+
 def test_a_later_w_leaves_the_earlier_layers_alone() -> None:
     network = tiny_synthesis()
     seen = {}
