@@ -1,0 +1,221 @@
+"""The plan of a data set: everything its shards depend on, and dataset.json.
+
+The settings that decide bytes are hashed; a folder holds shards of one hash only. How many identities there are, how many shards
+carry labels, which folder it is and who does the work are outside the hash: they decide which files exist, not what is in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datagen.reading import read_manifest
+from datagen.recipes import RecipeConfig, frame_count
+from datagen.render import RenderConfig
+from datagen.shards import FAMILIES, SCHEMA, Family, Scales, ShardConfig, read_sidecar, shard_path
+from head3d.run.config import config_hash, from_dict, to_dict
+from head3d.run.errors import ConfigError, DataError
+from head3d.run.files import write_atomic
+
+_NOTICE = "Synthetic: every picture was made by a neural network. None shows a real person or event."
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorFacts:
+    """Which generator and head model rendered the data."""
+
+    folder: str  # exported generator, as the user gave it
+    hash: str  # of its weights
+    settings: dict[str, Any]  # its GenHeadConfig
+    head_model: str  # path of a FLAME-format file, or "procedural"
+    head_hash: str  # of the head model's arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A data set: who is in it and how every byte is made."""
+
+    identities: int
+    seed: int
+    labels_share: float  # of the shards, the first ones, that carry the labels family
+    recipe: RecipeConfig
+    render: RenderConfig
+    shards: ShardConfig
+    generator: GeneratorFacts
+    scales: Scales
+    licence: str
+    device: str  # "cpu" or "cuda": where it is rendered first; a picture's last bit depends on it
+
+    @property
+    def shard_count(self) -> int:
+        return math.ceil(self.identities / self.shards.identities_per_shard)
+
+    def shard_identities(self, shard: int) -> range:
+        """The identity numbers of one shard; the last shard may be shorter."""
+        size = self.shards.identities_per_shard
+        return range(shard * size, min((shard + 1) * size, self.identities))
+
+    def shard_frames(self, shard: int) -> int:
+        return sum(frame_count(self.recipe, identity) for identity in self.shard_identities(shard))
+
+    def families(self, shard: int) -> tuple[Family, ...]:
+        """The families that a shard has."""
+        labelled = shard < math.ceil(self.labels_share * self.shard_count - 1e-9)
+        return tuple(family for family in FAMILIES if family != "labels" or labelled)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides bytes, and nothing else."""
+        return {
+            "schema": SCHEMA,
+            "seed": self.seed,
+            "recipe": to_dict(self.recipe),
+            "render": to_dict(self.render),
+            "shards": to_dict(self.shards),
+            "generator": {"hash": self.generator.hash, "model": self.generator.settings},
+            "head_model": self.generator.head_hash,
+        }
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hex digits of `settings`."""
+        return config_hash(self.settings())
+
+    def sidecar_facts(self, shard: int) -> dict[str, Any]:
+        """What a shard's sidecars state of the plan."""
+        identities = self.shard_identities(shard)
+        return {"config_hash": self.hash, "identities": [identities.start, len(identities)]}
+
+    def manifest(self) -> dict[str, Any]:
+        """The content of dataset.json."""
+        return {
+            "schema": SCHEMA,
+            "synthetic": True,
+            "notice": _NOTICE,
+            "licence": self.licence,
+            "config_hash": self.hash,
+            "settings": self.settings(),
+            "generator": {"folder": self.generator.folder, "hash": self.generator.hash},
+            "head_model": {"source": self.generator.head_model, "hash": self.generator.head_hash},
+            "plan": {
+                "identities": self.identities,
+                "shards": self.shard_count,
+                "labels_share": self.labels_share,
+                "frames": sum(frame_count(self.recipe, identity) for identity in range(self.identities)),
+            },
+            "depth": {"near": self.scales.near, "far": self.scales.far},
+            "box_side": self.scales.box_side,
+            "units": "lengths in scene units (FLAME metres x 3), origin at the canonical neck joint, y up, face to +z; angles in radians; depth along unit rays",
+            "split_rule": f"{self.recipe.split_rule}: val {self.recipe.val_share:g}, test {self.recipe.test_share:g} of the identities; nothing is shared",
+            "versions": versions(self.device),
+        }  # fmt: skip
+
+    @classmethod
+    def from_manifest(cls, manifest: dict[str, Any], where: str) -> Plan:
+        """Inverse of `manifest`. Raises DataError if something is missing and ConfigError if a setting is unknown here."""
+        try:
+            settings = manifest["settings"]
+            plan = cls(
+                identities=manifest["plan"]["identities"],
+                seed=settings["seed"],
+                labels_share=manifest["plan"]["labels_share"],
+                recipe=from_dict(RecipeConfig, settings["recipe"], where),
+                render=from_dict(RenderConfig, settings["render"], where),
+                shards=from_dict(ShardConfig, settings["shards"], where),
+                generator=GeneratorFacts(
+                    folder=manifest["generator"]["folder"],
+                    hash=manifest["generator"]["hash"],
+                    settings=settings["generator"]["model"],
+                    head_model=manifest["head_model"]["source"],
+                    head_hash=manifest["head_model"]["hash"],
+                ),
+                scales=Scales(manifest["depth"]["near"], manifest["depth"]["far"], manifest["box_side"]),
+                licence=manifest["licence"],
+                device=manifest["versions"]["device"],
+            )
+        except KeyError as error:
+            raise DataError(f"{where}: the entry {error} is missing; the file was changed or comes from another program") from error
+        if plan.hash != manifest["config_hash"]:
+            raise DataError(f"{where}: its settings have the hash {plan.hash}, it states {manifest['config_hash']}; the file was changed, restore it")
+        return plan
+
+
+def open_plan(folder: Path | str) -> Plan:
+    """The plan of the data set in `folder`, from its dataset.json."""
+    return Plan.from_manifest(read_manifest(Path(folder)), str(Path(folder) / "dataset.json"))
+
+
+def claim_folder(out: Path, plan: Plan) -> None:
+    """Write dataset.json, or check that the one that is there is of the same settings.
+
+    Raises ConfigError if it has another hash, or more identities than are asked for now. More identities than before, or more
+    labels, extend the set.
+    """
+    path = out / "dataset.json"
+    if path.exists():
+        there = read_manifest(out)
+        if there["config_hash"] != plan.hash:
+            changed = ", ".join(_differences(there["settings"], plan.settings())[:5])
+            raise ConfigError(
+                f"{path}: this folder holds shards of other settings (hash {there['config_hash']}, now {plan.hash}); changed: {changed}. "
+                "Choose another --out, or set these as they were"
+            )
+        if there["plan"]["identities"] > plan.identities or there["plan"]["labels_share"] > plan.labels_share:
+            raise ConfigError(
+                f"{path}: this folder was planned with {there['plan']['identities']} identities and labels for a share of "
+                f"{there['plan']['labels_share']:g}, now {plan.identities} and {plan.labels_share:g}; a set can grow but not shrink: "
+                "choose another --out, or ask for at least as many"
+            )
+        if there["plan"] == plan.manifest()["plan"]:
+            return
+    write_atomic(path, json.dumps(plan.manifest(), indent=1, sort_keys=True) + "\n")
+
+
+def shard_is_done(out: Path, plan: Plan, shard: int) -> bool:
+    """Whether every family of a shard is committed, of this plan, and as long as its sidecar says.
+
+    Raises ConfigError if a sidecar is of other settings.
+    """
+    for family in plan.families(shard):
+        tar = shard_path(out, family, shard)
+        sidecar = tar.with_suffix(".json")
+        if not sidecar.exists() or not tar.exists():
+            return False
+        content = read_sidecar(sidecar, family, shard)
+        if content["config_hash"] != plan.hash:
+            raise ConfigError(
+                f"{sidecar}: expected a shard of settings {plan.hash}, got {content['config_hash']}; files of two data sets are mixed here: "
+                "choose another --out, or delete this file and its tar"
+            )
+        if content["identities"] != plan.sidecar_facts(shard)["identities"] or content["bytes"] != tar.stat().st_size:
+            return False
+    return True
+
+
+def versions(device: str) -> dict[str, str]:
+    """What the last bit of a picture may depend on beside the settings."""
+    packages = ("torch", "numpy", "scipy", "simplejpeg", "pillow", "webdataset")
+    return {
+        "device": device,
+        "processor": torch.backends.cpu.get_cpu_capability() if device == "cpu" else torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Dotted settings that differ, as 'key: old -> new'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            text
+            for name in dict.fromkeys([*old, *new])
+            for text in _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if old == new else [f"{key}: {old} -> {new}"]

@@ -1,0 +1,305 @@
+"""`headfoundry verify FOLDER`: read every byte of a data set again, and render a few samples from their recipes.
+
+Nothing is changed. Each damaged, missing or foreign file is named; the exit status is 1 if there is any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from datagen.plan import Plan, versions
+from datagen.reading import read_manifest, read_sidecars
+from datagen.recipes import IdentityRecipe, draw_identity
+from datagen.render import IdentityRenderer, render_frame, reproducible
+from datagen.shards import FAMILIES, SCHEMA, Family, Member, decode, encode_sample, json_bytes, members_of, read_sidecar, sample_key, shard_path
+from datagen.worker import load_planned_generator
+from head3d.cameras import Camera
+from head3d.image_metrics import PSNR_CEILING_DB, psnr
+from head3d.labels import check_label, pack_label
+from head3d.run.config import NonNegativeInt
+from head3d.run.errors import DataError, FoundryError
+from head3d.run.runlog import progress
+from head3d.run.seeding import numpy_generator
+
+SAME_PICTURE_DB = 40.0  # PSNR that counts as the same picture on another processor or with other package versions
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyRun:
+    """Check a folder of shards."""
+
+    folder: tyro.conf.Positional[Path]  # data set to check
+    rerender: NonNegativeInt = 2  # frames to render again from their recipes and to compare
+    generator: Path | None = None  # exported generator, if it is no longer where dataset.json says
+
+
+@dataclasses.dataclass
+class Check:
+    """One row of the table."""
+
+    name: str
+    checked: int = 0
+    note: str = ""
+    problems: list[str] = dataclasses.field(default_factory=list)  # each begins with the file's path
+
+
+def verify(config: VerifyRun) -> int:
+    """Check everything, print a table and the problems. Returns 0 if there are none, else 1. Raises DataError if the folder is not there."""
+    if not config.folder.is_dir():
+        raise DataError(f"{config.folder}: there is no such folder; give the folder of a data set")
+    checks = check_dataset(config)
+    width = max(len(check.name) for check in checks)
+    print(f"{config.folder}\n{'check':<{width}}  {'checked':>8}  {'problems':>8}")
+    for check in checks:
+        print(f"{check.name:<{width}}  {check.checked:>8}  {len(check.problems):>8}  {check.note}".rstrip())
+    problems = [problem for check in checks for problem in check.problems]
+    for problem in problems:
+        print(f"  {problem}")
+    print("everything is as it was written" if not problems else f"{len(problems)} problems")
+    return 1 if problems else 0
+
+
+def check_dataset(config: VerifyRun) -> list[Check]:
+    """All checks of one folder."""
+    settings, files = Check("settings and index"), Check("files there, none foreign")
+    tars, samples = Check("tars: SHA-256, members"), Check("samples: type, shape, range, recipe")
+    again = Check("rendered again")
+    checks = [settings, files, tars, samples, again]
+    settings.checked = 1
+    try:
+        manifest = read_manifest(config.folder)
+        plan = Plan.from_manifest(manifest, str(config.folder / "dataset.json"))
+    except FoundryError as error:
+        settings.problems.append(str(error))
+        return checks
+    whole = _check_files(config.folder, plan, files)
+    for shard in progress(range(plan.shard_count), "verify", unit="shard"):
+        recipes = {identity: draw_identity(plan.recipe, plan.seed, identity) for identity in plan.shard_identities(shard)}
+        for family in plan.families(shard):
+            if (family, shard) in whole:
+                sidecar = _check_sidecar(config.folder, plan, family, shard, recipes, tars)
+                if sidecar is not None:
+                    _check_tar(config.folder, plan, sidecar, recipes, tars, samples)
+    if not tars.problems and not files.problems:
+        _check_index(config.folder, manifest, settings)
+        _check_rendering(config, plan, manifest, again)
+    elif config.rerender:
+        again.note = "left out: mend the files first"
+    return checks
+
+
+def _check_files(folder: Path, plan: Plan, check: Check) -> set[tuple[Family, int]]:
+    """Missing and foreign files of the family folders. Returns the shards whose tar and sidecar are both there."""
+    whole = set()
+    expected = {"index.json"}
+    for shard in range(plan.shard_count):
+        for family in plan.families(shard):
+            tar = shard_path(folder, family, shard)
+            pair = (tar, tar.with_suffix(".json"))
+            expected.update(str(path.relative_to(folder)) for path in pair)
+            absent = [path for path in pair if not path.exists()]
+            check.problems += [f"{path}: missing; call the same `headfoundry datagen` command again" for path in absent]
+            if not absent:
+                whole.add((family, shard))
+    if not (folder / "index.json").exists():
+        check.problems.append(f"{folder / 'index.json'}: missing; call the same `headfoundry datagen` command again")
+    found = {str(path.relative_to(folder)) for family in FAMILIES for path in (folder / family).glob("*")}
+    check.problems += [f"{folder / name}: foreign: no file of this data set has this name; move it away" for name in sorted(found - expected)]
+    check.checked = len(expected)
+    return whole
+
+
+def _check_sidecar(
+    folder: Path, plan: Plan, family: Family, shard: int, recipes: dict[int, IdentityRecipe], check: Check
+) -> dict[str, Any] | None:
+    """A sidecar that states what the plan says; None if it does not."""
+    path = shard_path(folder, family, shard).with_suffix(".json")
+    try:
+        sidecar = read_sidecar(path, family, shard)
+    except DataError as error:
+        check.problems.append(str(error))
+        return None
+    for name, value in plan.sidecar_facts(shard).items():
+        if sidecar.get(name) != value:
+            check.problems.append(f"{path}: expected {name} {value}, got {sidecar.get(name)}")
+            return None
+    if family == "identities":
+        expected = [{"identity": identity} for identity in recipes]
+    else:
+        expected = [_about(recipe, motion) for recipe in recipes.values() for motion in range(len(recipe.motions))]
+    expected = [{"key": sample_key(shard, index), **about} for index, about in enumerate(expected)]
+    found = [{name: value for name, value in sample.items() if name != "members"} for sample in sidecar["samples"]]
+    if found != expected:
+        check.problems.append(f"{path}: its samples are not those of the plan: expected {len(expected)}, got {len(found)}, or others of that number")
+        return None
+    return sidecar
+
+
+def _about(recipe: IdentityRecipe, motion: int) -> dict[str, Any]:
+    views = len(recipe.motions[motion].cameras)
+    return {"identity": recipe.identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": views}
+
+
+def _check_tar(
+    folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[int, IdentityRecipe], tars: Check, samples: Check
+) -> None:
+    path = shard_path(folder, sidecar["family"], sidecar["shard"])
+    data = path.read_bytes()
+    tars.checked += 1
+    if len(data) != sidecar["bytes"]:
+        tars.problems.append(f"{path}: expected {sidecar['bytes']} bytes, got {len(data)}: cut short or replaced")
+        return
+    if hashlib.sha256(data).hexdigest() != sidecar["sha256"]:
+        damaged = [
+            f"key {sample['key']}, member {extension!r} at byte {offset}"
+            for sample in sidecar["samples"]
+            for extension, (offset, size, checksum) in sample["members"].items()
+            if zlib.crc32(data[offset : offset + size]) != checksum
+        ]
+        tars.problems.append(f"{path}: the SHA-256 does not match, bytes have changed: {'; '.join(damaged[:5]) or 'outside all members'}")
+        return
+    stated = [(f"{sample['key']}.{name}", offset, size) for sample in sidecar["samples"] for name, (offset, size, _) in sorted(sample["members"].items())]
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        held = [(info.name, info.offset_data, info.size) for info in archive]
+    if held != stated:
+        tars.problems.append(f"{path}: its members are not those of its sidecar; first difference: {next((a, b) for a, b in zip(held, stated) if a != b)}")
+        return
+    for sample in sidecar["samples"]:
+        samples.checked += 1
+        files = {name: data[offset : offset + size] for name, (offset, size, _) in sample["members"].items()}
+        for problem in _sample_problems(plan, sidecar["family"], sample, files, recipes[sample["identity"]]):
+            samples.problems.append(f"{path}: key {sample['key']}, {problem}")
+
+
+def _sample_problems(
+    plan: Plan, family: Family, sample: dict[str, Any], files: dict[str, bytes], recipe: IdentityRecipe
+) -> Iterator[str]:
+    """What is wrong with one sample of the family, by the member table."""
+    model = plan.generator.settings
+    sizes = {
+        "V": sample.get("views"),
+        "S": model["image_resolution"],
+        "R": model["render_resolution"],
+        "C": model["feature_channels"],
+        "P": model["plane_channels"],
+        "N": plan.render.points,
+    }
+    expected: dict[str, Member] = {}
+    for member in members_of(family):
+        extension = member.extension(plan.shards.image_format)
+        for view in range(sample["views"] if "{view}" in extension else 1):
+            expected[extension.format(view=view)] = member
+    if set(expected) != set(files):
+        yield f"members: expected {sorted(expected)}, got {sorted(files)}"
+        return
+    for extension, member in expected.items():
+        try:
+            value = decode(files[extension], extension)
+        except ValueError as error:
+            yield f"member {extension!r}: could not be decoded ({error})"
+            continue
+        if member.kind == "json":
+            if value["identity"] != recipe.identity or value["motion"] != sample["motion"] or value["seed"] != plan.seed:
+                yield f"member {extension!r}: it is of another frame than its place says"
+            continue
+        shape = tuple(sizes[side] if isinstance(side, str) else side for side in member.shape)
+        if value.shape != shape or value.dtype != member.dtype:
+            yield f"member {extension!r}: expected {member.dtype} {shape}, got {value.dtype} {value.shape}"
+        elif value.dtype.kind == "f" and not np.isfinite(value).all():
+            yield f"member {extension!r}: it holds numbers that are not finite"
+        elif member.name == "parts" and value.max(initial=0) > 3:
+            yield f"member {extension!r}: expected part numbers 0 to 3, got {value.max()}"
+        elif member.name in ("foreground", "background") and member.kind == "array" and (value.min() < -0.01 or value.max() > 1.01):
+            yield f"member {extension!r}: expected features in [0, 1], got {value.min():.3g} to {value.max():.3g}"
+        elif member.name == "label":
+            yield from _label_problems(value, recipe, sample["motion"])
+
+
+def _label_problems(labels: np.ndarray, recipe: IdentityRecipe, motion: int) -> Iterator[str]:
+    """The label must be well-formed and what the recipe draws, to the rounding of another processor."""
+    try:
+        for view, label in enumerate(labels):
+            check_label(label, f"member 'label.npy', view {view}")
+    except DataError as error:
+        yield str(error)
+        return
+    drawn = recipe.motions[motion]
+    views = len(drawn.cameras)
+    expected = pack_label(Camera.from_label(drawn.cameras), recipe.shape.expand(views, -1), drawn.motion.repeat_interleave(views)).numpy()
+    error = float(np.abs(labels - expected).max())
+    if error > 1e-4:
+        yield f"member 'label.npy': differs from the recipe by {error:.3g}"
+
+
+def _check_index(folder: Path, manifest: dict[str, Any], check: Check) -> None:
+    check.checked += 1
+    content = {"schema": SCHEMA, "config_hash": manifest["config_hash"], "plan": manifest["plan"], "shards": read_sidecars(folder, manifest)}
+    if (folder / "index.json").read_bytes() != json_bytes(content):
+        check.problems.append(f"{folder / 'index.json'}: differs from the sidecars; call the same `headfoundry datagen` command again to rebuild it")
+
+
+def _check_rendering(config: VerifyRun, plan: Plan, manifest: dict[str, Any], check: Check) -> None:
+    """Render frames again, spread over the data set by its own hash, and compare them with what is stored."""
+    if not config.rerender:
+        check.note = "not asked for"
+        return
+    try:
+        device = plan.device if torch.cuda.is_available() else "cpu"
+        genhead = load_planned_generator(plan, config.generator or Path(plan.generator.folder), device)
+    except FoundryError as error:
+        check.problems.append(f"{error}. Give --generator FOLDER, or --rerender 0 to do without")
+        return
+    same_stack = manifest["versions"] == versions(device)
+    exact, worst = 0, PSNR_CEILING_DB
+    for shard, index in progress(_choose_frames(config.folder, plan, config.rerender), "verify: render", unit="frame"):
+        path = shard_path(config.folder, "frames", shard)
+        sample = json.loads(path.with_suffix(".json").read_text())["samples"][index]
+        recipe = draw_identity(plan.recipe, plan.seed, sample["identity"])
+        with reproducible():
+            frame = render_frame(IdentityRenderer(genhead, recipe), plan.render, sample["motion"])
+        check.checked += 1
+        stored, made = {}, {}
+        for family in plan.families(shard):
+            if family != "identities":
+                entry = json.loads(shard_path(config.folder, family, shard).with_suffix(".json").read_text())["samples"][index]
+                data = shard_path(config.folder, family, shard).read_bytes()
+                stored |= {name: data[offset : offset + size] for name, (offset, size, _) in entry["members"].items()}
+                made |= encode_sample(family, frame, plan.scales, plan.shards)
+        different = sorted(name for name in made if made[name] != stored[name])
+        exact += not different
+        pictures = [name for name in made if name.startswith("rgb.")]
+        quality = min(_psnr(decode(made[name], name), decode(stored[name], name)) for name in pictures)
+        worst = min(worst, quality)
+        if different and (same_stack or quality < SAME_PICTURE_DB):
+            check.problems.append(
+                f"{path}: key {sample['key']}: rendered again, {', '.join(different[:5])} differ (pictures {quality:.1f} dB, "
+                f"{'same program and processor: bit-exact expected' if same_stack else f'expected at least {SAME_PICTURE_DB:g} dB'})"
+            )
+    check.note = f"{exact} bit-exact" + ("" if exact == check.checked else f", worst picture {worst:.1f} dB")
+
+
+def _choose_frames(folder: Path, plan: Plan, count: int) -> list[tuple[int, int]]:
+    """(shard, index in it) of frames to render again: drawn by the data set's own hash, so that everybody checks the same."""
+    counts = [plan.shard_frames(shard) for shard in range(plan.shard_count)]
+    chosen = numpy_generator(plan.hash, "verify").choice(sum(counts), min(count, sum(counts)), replace=False)
+    starts = np.cumsum([0, *counts])
+    shards = np.searchsorted(starts, chosen, side="right") - 1
+    return [(int(shard), int(frame - starts[shard])) for shard, frame in sorted(zip(shards, chosen))]
+
+
+def _psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Of uint8 pictures [H, W, 3], dB."""
+    both = torch.from_numpy(np.stack([first, second])).movedim(-1, 1).float() / 127.5 - 1
+    return float(psnr(both[:1], both[1:]))

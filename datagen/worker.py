@@ -1,0 +1,89 @@
+"""One shard: a plain function of (generator, folder, plan, shard number). It knows no engine and shares nothing with other shards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from datagen.plan import Plan
+from datagen.recipes import draw_identity
+from datagen.render import SampleError, render_identity, reproducible
+from datagen.shards import FAMILIES, Family, encode_sample, sample_key, write_shard
+from genhead.generator import GenHead, load_genhead
+from head3d.run.checkpoint import exported_hash
+from head3d.run.errors import AssetError
+
+
+class ShardReport(NamedTuple):
+    """What was made, and by whom."""
+
+    shard: int
+    frames: int
+    bytes: int
+    seconds: float
+    worker: str  # host:process
+
+
+def make_shard(genhead: GenHead, out: Path, plan: Plan, shard: int) -> ShardReport:
+    """Render, encode and commit one shard: identities and labels first, frames last. The bytes depend on plan and shard alone.
+
+    Raises SampleError if a frame cannot be used, DataError if it cannot be written; then nothing of this shard's frames is committed.
+    """
+    started, facts, families = time.monotonic(), plan.sidecar_facts(shard), plan.families(shard)
+    with reproducible(), contextlib.ExitStack() as stack:
+        # A stack closes in reverse order: frames are entered first and committed last.
+        writers = {family: stack.enter_context(write_shard(out, family, shard, facts)) for family in FAMILIES if family in families}
+        for index, identity in enumerate(plan.shard_identities(shard)):
+            recipe = draw_identity(plan.recipe, plan.seed, identity)
+            rendered = render_identity(genhead, recipe, plan.render)
+            about = {"identity": identity}
+            writers["identities"].add(sample_key(shard, index), _encode("identities", {"background": rendered.background}, plan, about), about)
+            for motion, frame in enumerate(rendered.frames):
+                key = sample_key(shard, len(writers["frames"].samples))
+                about = {"identity": identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": len(frame["rgb"])}
+                for family in ("frames", "labels"):
+                    if family in writers:
+                        writers[family].add(key, _encode(family, frame, plan, about), about)
+    return ShardReport(
+        shard=shard,
+        frames=len(writers["frames"].samples),
+        bytes=sum(writer.size for writer in writers.values()),
+        seconds=time.monotonic() - started,
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+    )
+
+
+class ShardMaker:
+    """A worker process: loads the generator once and makes shards on request."""
+
+    def __init__(self, out: Path, plan: Plan, generator: Path, device: str) -> None:
+        self.genhead = load_planned_generator(plan, generator, device)
+        self.out, self.plan = out, plan
+
+    def make(self, shard: int) -> ShardReport:
+        return make_shard(self.genhead, self.out, self.plan, shard)
+
+
+def load_planned_generator(plan: Plan, folder: Path, device: str) -> GenHead:
+    """The generator of a plan. Raises AssetError if the folder holds other weights or names another head model."""
+    weights = exported_hash(folder)
+    if weights != plan.generator.hash:
+        raise AssetError(f"{folder}: expected generator weights {plan.generator.hash}, got {weights}; give the export that the data set was made with")
+    genhead = load_genhead(folder, device)
+    if genhead.head_model.content_hash != plan.generator.head_hash:
+        raise AssetError(
+            f"{folder}: expected a head model with hash {plan.generator.head_hash}, got {genhead.head_model.content_hash}; "
+            f"the data set was made with {plan.generator.head_model}"
+        )
+    return genhead
+
+
+def _encode(family: Family, values: dict, plan: Plan, about: dict) -> dict[str, bytes]:
+    try:
+        return encode_sample(family, values, plan.scales, plan.shards)
+    except ValueError as error:
+        raise SampleError(f"identity {about['identity']} of seed {plan.seed}, motion {about.get('motion', 0)}: {error}") from error
