@@ -138,8 +138,8 @@ class ItemOrder:
         self._share = fractions.Fraction(config.static_share).limit_denominator(1000)
         if (self._share * config.size).denominator != 1:
             raise ConfigError(
-                f"batches.static_share {config.static_share} of batches.size {config.size} is {float(self._share * config.size):g} samples; "
-                "choose a size for which both shares are whole numbers"
+                f"batches.static_share {config.static_share} of batches.size {config.size} is {float(self._share * config.size):g} "
+                "samples; choose a size for which both shares are whole numbers"
             )
         chosen = [index for index, frame in enumerate(frames) if frame.split == split]
         if not chosen:
@@ -151,13 +151,13 @@ class ItemOrder:
         dynamic = [i for i in chosen if frames[i].kind != "static" and len(self._by_identity[frames[i].identity]) > 1]
         if self._share > 0 and not static:
             raise ConfigError(
-                f"batches.static_share is {config.static_share}, but no frame of the split '{split}' is of kind 'static' with two views or more; "
-                "generate static identities, or set --batches.static-share 0"
+                f"batches.static_share is {config.static_share}, but no frame of the split '{split}' is of kind 'static' with two "
+                "views or more; generate static identities, or set --batches.static_share 0"
             )
         if self._share < 1 and not dynamic:
             raise ConfigError(
                 f"batches.static_share is {config.static_share}, but no identity of the split '{split}' has two motions; "
-                "generate dynamic identities, or set --batches.static-share 1"
+                "generate dynamic identities, or set --batches.static_share 1"
             )
         self.used = sorted(set(static if self._share > 0 else []) | set(dynamic if self._share < 1 else []))
         self._pools = {
@@ -188,7 +188,7 @@ class ItemOrder:
         return sorted(items, key=lambda item: not item.static)[rank::world_size]
 
 
-def _picture(pixels: np.ndarray) -> np.ndarray:
+def as_picture(pixels: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]."""
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1.0
 
@@ -208,22 +208,22 @@ def read_item(dataset: FrameSource, item: Item, members: Iterable[str], driver_i
     vectors = [unpack_label(torch.from_numpy(np.array(one))[None]).motion.vector()[0].numpy() for one in (source_label, label)]
     assert vectors[0].shape == (MOTION_VECTOR_SIZE,)
     sample = {
-        "source_image": _picture(other[seen]),
+        "source_image": as_picture(other[seen]),
         "source_motion": vectors[0],
         "driving_motion": vectors[1],
         "motion_scale": np.float32(0.0 if item.static else 1.0),
         "label": label,
         "identity": np.int64(target.identity),
-        "image": _picture(data[picture]),
+        "image": as_picture(data[picture]),
     }
     if driver_image:
-        sample["driver_image"] = _picture(data[driver])
+        sample["driver_image"] = as_picture(data[driver])
     if "opacity" in members:
         sample["opacity"] = data["opacity"][view][None]
     if "depth" in members:
         sample["depth"] = data["depth"][view][None]
     if "background" in members:
-        sample["background"] = _picture(data["background"])
+        sample["background"] = as_picture(data["background"])
     if "identity.background" in members:
         sample["background_features"] = data["identity.background"] * 2 - 1
     for name in members & {"foreground", "points", "point_features"}:
@@ -257,7 +257,9 @@ class BatchStream:
         driver_image: bool = False,
     ) -> None:
         if config.size % world_size:
-            raise ConfigError(f"batches.size {config.size} is not divisible by {world_size} ranks; every rank must get equally many samples")
+            raise ConfigError(
+                f"batches.size {config.size} is not divisible by {world_size} ranks; every rank must get equally many samples"
+            )
         self.order = ItemOrder(dataset.frames, config, seed, split)
         self.samples_seen = samples_seen  # of all ranks, in the batches handed out so far
         self._dataset, self._config, self._members = dataset, config, members

@@ -60,7 +60,7 @@ class Reconstructor(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """The learned state: everything but the head model, which the configuration names."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(("head_model.", "deformation."))}
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("head_model.")}
 
     def load_weights(self, weights: dict[str, Tensor], where: str) -> None:
         """Fill the learned state. Raises AssetError naming `where` and the keys or shapes that do not fit."""

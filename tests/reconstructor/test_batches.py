@@ -1,6 +1,7 @@
 """The order of training samples, what is read of them, and how errors and ends surface."""
 
 import collections
+import itertools
 import threading
 import time
 from typing import NamedTuple
@@ -30,7 +31,9 @@ def make_frames(static=6, dynamic=5, motions=3, per_shard=4, views=VIEWS):
     rows += [(static + identity, motion, "dynamic") for identity in range(dynamic) for motion in range(motions)]
     rows += [(99, motion, "dynamic") for motion in range(motions)]
     return [
-        Frame(f"{n // per_shard:06d}{n % per_shard:04d}", n // per_shard, identity, motion, kind, "test" if identity == 99 else "train", views)
+        Frame(
+            f"{n // per_shard:06d}{n % per_shard:04d}", n // per_shard, identity, motion, kind, "test" if identity == 99 else "train", views
+        )
         for n, (identity, motion, kind) in enumerate(rows)
     ]
 
@@ -88,7 +91,7 @@ def test_every_batch_holds_an_exact_half_of_each_kind_and_the_switch_travels_wit
     static_identities = set(range(6))
     for batch in take(dataset, 12):
         assert batch.motion_scale.tolist().count(0.0) == 4
-        for scale, identity in zip(batch.motion_scale.tolist(), batch.identity.tolist()):
+        for scale, identity in zip(batch.motion_scale.tolist(), batch.identity.tolist(), strict=True):
             assert (scale == 0.0) == (identity in static_identities)
 
 
@@ -190,8 +193,7 @@ def test_a_damaged_sample_is_an_error_of_its_own_batch_and_closing_still_works(t
     dataset = FakeDataset(make_frames(), broken=2)
     batches = stream(dataset, size=2, threads=threads)
     with pytest.raises(DataError, match="is damaged"):
-        for _ in range(100):
-            next(batches)
+        list(itertools.islice(batches, 100))
     batches.close()
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]

@@ -1,0 +1,347 @@
+"""Train the reconstructor on streamed shards: one loop, images seen as the clock, the same command resumes.
+
+shards --BatchStream--> source picture, motions, switch, target labels         half static (switch 0), half dynamic (switch 1)
+Reconstructor           -> pictures, features, depth, opacity, planes
+losses.py               -> eq. 4 with exact labels; Adam; averaged weights
+every so often          -> scalars, pictures, checkpoint; at the end the averaged reconstructor in RUN/export
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datagen.plan import Plan, open_plan
+from datagen.reading import ShardDataset, open_dataset
+from datagen.worker import load_planned_generator
+from genhead.generator import GenHead
+from genhead.train import Divergence, crossed
+from head3d.adversarial import Ema
+from head3d.cameras import Camera, orbit
+from head3d.head_model import load_head_model
+from head3d.labels import MOTION_VECTOR_SIZE, unpack_label
+from head3d.pictures import colorize, grid, to_uint8
+from head3d.run import distributed
+from head3d.run.checkpoint import Checkpoint, export_model, latest_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, save_yaml, to_dict
+from head3d.run.errors import AssetError, ConfigError
+from head3d.run.runlog import RunLog, progress
+from head3d.run.seeding import torch_generator, weights_drawn_from
+from reconstructor.batches import Batch, BatchConfig, BatchStream
+from reconstructor.losses import LossConfig, check_labels, members_needed, reconstruction_losses, smoothness_loss
+from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorConfig, ReconstructorExport
+
+FREE_TO_CHANGE = (
+    "out",
+    "shards",
+    "generator",
+    "total_images",
+    "log_every",
+    "pictures_every",
+    "checkpoint_every",
+    "keep",
+    "threads",
+)  # on resume
+FREE_IN_BATCHES = ("threads", "prefetch")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructorRun:
+    """Train the reconstructor. Defaults are the published run at 512 x 512."""
+
+    out: Path = Path("runs/reconstructor")  # run folder: checkpoints, logs, pictures, export
+    shards: Path = Path("runs/datagen")  # data set folder (made by the datagen command)
+    generator: Path | None = None  # exported generator for the warm start; None = the one that the shards record
+    head_model: str | None = None  # path of a FLAME-format file, or "procedural"; None = the one that the shards record
+    warm_start: bool = True  # decoder and super-resolution begin as the generator's; False: at random (published default)
+    seed: NonNegativeInt = 0  # of weights, order and every draw
+    total_images: PositiveInt = 15_000_000  # targets shown before the run ends
+    learning_rate: PositiveFloat = 1e-4  # Adam
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam
+    epsilon: PositiveFloat = 1e-5  # Adam
+    ema_images: PositiveFloat = 10_000.0  # half-life of the averaged weights, images
+    ema_ramp: NonNegativeFloat = 0.05  # half-life is at most this share of the images seen; 0 = no ramp
+    micro_batch: PositiveInt = 4  # samples a process takes through the network at once; gradients are averaged over the batch
+    log_every: PositiveInt = 3_200  # images between lines of metrics
+    pictures_every: PositiveInt = 100_000  # images between picture grids
+    checkpoint_every: PositiveInt = 100_000  # images between checkpoints
+    keep: PositiveInt = 3  # newest checkpoints kept
+    threads: NonNegativeInt = 0  # CPU threads of torch; 0 leaves its default
+    batches: BatchConfig = BatchConfig()  # what a batch holds and how it is read
+    losses: LossConfig = LossConfig()  # weights and ranges of the loss terms
+    model: ReconstructorConfig = ReconstructorConfig()  # the network
+
+
+@dataclasses.dataclass
+class Learner:
+    """Network, averaged network, optimiser: what a step changes and a checkpoint holds."""
+
+    model: Reconstructor
+    averaged: Reconstructor
+    ema: Ema
+    optimizer: torch.optim.Adam
+    head_model: str  # what the networks' head was loaded from
+
+
+def train(config: ReconstructorRun) -> int:
+    """Train until total_images, a stop signal or divergence. Returns the exit status: 0 unless something failed.
+
+    A finished run is not repeated; a started one goes on from its newest checkpoint, bit for bit on one machine.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    process = distributed.start()
+    try:
+        return _train(config, process)
+    finally:
+        distributed.stop()
+
+
+def _train(config: ReconstructorRun, process: distributed.Process) -> int:
+    dataset = open_dataset(config.shards)
+    check_data(config, dataset)
+    saved = latest_checkpoint(config.out)
+    learner = build(config, open_plan(config.shards), process.device, warm=config.warm_start and saved is None)
+    images_seen = restore(config, learner, saved) if saved else 0
+    if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
+        print(f"{config.out}: finished at {images_seen} images, nothing to do")
+        return 0
+    preview = preview_batch(config, dataset).to(process.device)
+    if process.is_main:
+        config.out.mkdir(parents=True, exist_ok=True)
+        save_yaml(config, config.out / "config.yaml")
+    log = RunLog(config.out, images_seen, enabled=process.is_main)
+    bar = progress(config.total_images, "reconstructor", unit="img", initial=images_seen, enabled=process.is_main)
+    batches = BatchStream(
+        dataset,
+        config.batches,
+        config.seed,
+        lambda seen: members_needed(config.losses, seen),
+        samples_seen=images_seen,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+    size, waited, window = config.batches.size, 0.0, (images_seen, time.perf_counter())
+    history: dict[str, list[float]] = {}  # since the last line of metrics
+    with distributed.StopSignal() as stop, log, bar, batches:
+        while images_seen < config.total_images:
+            asked = time.perf_counter()
+            batch = next(batches).to(process.device)
+            waited += time.perf_counter() - asked
+            scalars = step(config, learner, batch, images_seen, process)
+            images_seen += size
+            bar.update(size)
+            check_finite(scalars, images_seen, config.out)
+            for name, value in scalars.items():
+                history.setdefault(name, []).append(value)
+            stopping = distributed.any_process(stop.requested, process.device)
+            finished = images_seen >= config.total_images
+            if finished or crossed(images_seen, size, config.log_every):
+                seconds = time.perf_counter() - window[1]
+                means = {name: sum(values) / len(values) for name, values in history.items()}
+                speed = {"speed/images_per_s": (images_seen - window[0]) / seconds, "speed/data_wait_share": waited / seconds}
+                log.scalars(images_seen, means | speed)
+                bar.set_postfix(loss=f"{means['loss/total']:.3f}", wait=f"{waited / seconds:.1%}")
+                history, waited, window = {}, 0.0, (images_seen, time.perf_counter())
+            if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
+                log.image(images_seen, "preview", preview_picture(learner.averaged, preview))
+            if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
+                save(config, learner, images_seen)
+            if stopping:
+                return 0
+    if process.is_main:
+        export(config, learner, images_seen)
+    return 0
+
+
+def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, process: distributed.Process) -> dict[str, float]:
+    """One update from this process's part of a batch; none if the loss is not finite. Returns means over all processes for the log."""
+    totals: dict[str, float] = {}
+    learner.optimizer.zero_grad(set_to_none=True)
+    for start in range(0, len(batch), config.micro_batch):
+        part = batch.select(slice(start, start + config.micro_batch))
+        share = len(part) / len(batch)
+        draws = torch_generator(config.seed, "rays", process.rank, images_seen, start)
+        terms = loss_terms(config, learner.model, part, images_seen, draws)
+        terms["total"] = sum(terms.values())
+        (terms["total"] * share).backward()
+        for name, value in terms.items():
+            totals[f"loss/{name}"] = totals.get(f"loss/{name}", 0.0) + value.item() * share
+    totals = distributed.mean_scalars(totals, process.device)
+    distributed.average_gradients(learner.model.parameters())
+    if math.isfinite(totals["loss/total"]):
+        learner.optimizer.step()
+        learner.ema.update(learner.model, images_seen + config.batches.size, config.batches.size)
+    return totals
+
+
+def loss_terms(config: ReconstructorRun, model: Reconstructor, batch: Batch, images_seen: int, draws: torch.Generator) -> dict[str, Tensor]:
+    """Forward pass and weighted loss terms; density smoothness joins every `losses.smoothness.every` steps."""
+    target = unpack_label(batch.label)
+    rendered, planes = model(
+        batch.source_image,
+        batch.source_motion,
+        batch.driving_motion,
+        batch.motion_scale,
+        target.shape,
+        target.motion,
+        target.camera,
+        generator=draws,
+    )
+    posed = model.pose(target.shape, target.motion)
+    terms = reconstruction_losses(config.losses, rendered, batch, lambda points: model.point_features(planes, points, posed), images_seen)
+    smoothness = config.losses.smoothness
+    if smoothness.weight > 0 and (images_seen // config.batches.size) % smoothness.every == 0:
+        side, device = config.model.sampling.box_side, planes.device
+        terms["smoothness"] = smoothness_loss(smoothness, lambda points: model.raw_density(planes, points), len(batch), side, draws, device)
+    return terms
+
+
+def check_data(config: ReconstructorRun, dataset: ShardDataset) -> None:
+    """Raise ConfigError where the settings and the shards contradict each other."""
+    architecture, where = config.model.architecture, str(config.shards)
+    if architecture.motion_dim != MOTION_VECTOR_SIZE:
+        raise ConfigError(
+            f"model.architecture.motion_dim is {architecture.motion_dim}, but the motion comes as a FLAME vector of "
+            f"{MOTION_VECTOR_SIZE} numbers (expression 100, jaw 3, eyes 6); set it to {MOTION_VECTOR_SIZE}"
+        )
+    training = [frame for frame in dataset.frames if frame.split == "train"]
+    available: dict[str, int] = {}
+    for frame in training:
+        for member in frame.members:
+            available[member] = available.get(member, 0) + 1
+    check_labels(config.losses, available, len(training), where)
+
+
+def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool) -> Learner:
+    """A learner at the start of its life. Raises AssetError if generator or head model are not those of the shards."""
+    head_model = config.head_model or plan.generator.head_model
+    head = load_head_model(head_model)
+    if head.content_hash != plan.generator.head_hash:
+        raise AssetError(
+            f"head_model {head_model}: expected the head of the shards (hash {plan.generator.head_hash}), got {head.content_hash}; "
+            f"give the file that the generator was trained with ({plan.generator.head_model})"
+        )
+    with weights_drawn_from(torch_generator(config.seed, "reconstructor", "weights")):
+        model = Reconstructor(config.model, head).to(device)
+    if warm:
+        folder = config.generator or Path(plan.generator.folder)
+        take_from_generator(model, load_planned_generator(plan, folder, str(device)))
+    averaged = copy.deepcopy(model, {id(head): head}).eval().requires_grad_(False)  # one head model for both
+    ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
+    optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, config.betas, config.epsilon)
+    return Learner(model, averaged, ema, optimizer, head_model)
+
+
+def take_from_generator(model: Reconstructor, generator: GenHead) -> None:
+    """Begin with the generator's decoder and super-resolution (portrait4d, section 6.8): plane features then mean the same.
+
+    Raises ConfigError if a width differs.
+    """
+    for name in ("decoder", "superresolution"):
+        own, other = getattr(model, name).state_dict(), getattr(generator, name).state_dict()
+        differing = [
+            key for key in sorted(own.keys() | other.keys()) if key not in own or key not in other or own[key].shape != other[key].shape
+        ]
+        if differing:
+            raise ConfigError(
+                f"warm_start: the generator's {name} does not fit the reconstructor's at {', '.join(differing[:3])}; give the {name} "
+                "the generator's widths (its config.yaml lies beside its weights), or start at random with --warm_start false"
+            )
+        getattr(model, name).load_state_dict(other)
+
+
+def check_finite(scalars: dict[str, float], images_seen: int, out: Path) -> None:
+    """Raise Divergence naming the term and the last good checkpoint; the step that saw it changed nothing."""
+    bad = [name for name, value in scalars.items() if not math.isfinite(value)]
+    if bad:
+        saved = latest_checkpoint(out)
+        good = saved.folder if saved else "none yet"
+        raise Divergence(
+            f"{out}: {', '.join(bad)} is not finite after {images_seen} images; last good checkpoint: {good}. "
+            "Lower learning_rate and start again from there in another --out, or look for damaged labels with the verify command"
+        )
+
+
+def preview_batch(config: ReconstructorRun, dataset: ShardDataset) -> Batch:
+    """Held-out samples to look at (training samples if there is no validation split with both kinds), always the same."""
+    settings = dataclasses.replace(config.batches, size=4, static_share=float(config.batches.static_share >= 1), threads=0)
+    kinds = {frame.kind for frame in dataset.frames if frame.split == "val"}
+    split = "val" if ("static" if settings.static_share else "dynamic") in kinds else "train"
+    members = {"opacity", "depth"} & members_needed(config.losses, 0)
+    with BatchStream(dataset, settings, config.seed, lambda seen: members, split=split, driver_image=True) as batches:
+        return next(batches)
+
+
+@torch.no_grad()
+def preview_picture(model: Reconstructor, batch: Batch) -> np.ndarray:
+    """One row a sample: source, driver, output, truth, depth, true depth (if stored), novel view. uint8 [H, W, 3]."""
+    target, count = unpack_label(batch.label), len(batch)
+    images, planes = model(
+        batch.source_image, batch.source_motion, batch.driving_motion, batch.motion_scale, target.shape, target.motion, target.camera
+    )
+    device, side = batch.image.device, images.image.shape[-1]
+    yaw = torch.full((count,), 0.6, device=device)
+    camera = orbit(yaw, torch.zeros_like(yaw), torch.full_like(yaw, 4.17))
+    background = model.architecture.encode_source(batch.source_image).background
+    novel = model.render(planes, background, model.pose(target.shape, target.motion), camera).image
+    columns = [to_uint8(picture) for picture in (batch.source_image, batch.driver_image, images.image, batch.image)]
+    for depth in (images.depth, batch.depth):
+        if depth is not None:
+            columns.append(depth_picture(depth, target.camera, side, model.config.sampling.box_side))
+    columns.append(to_uint8(novel))
+    sheet = np.stack([column[row] for row in range(count) for column in columns])
+    return grid(sheet, columns=len(columns))
+
+
+def depth_picture(depth: Tensor, camera: Camera, side: int, box_side: float) -> np.ndarray:
+    """Ray distances [B, 1, R, R] (scene units) as pictures uint8 [B, side, side, 3], near to far of the head's half of the box."""
+    origin = camera.c2w[:, :3, 3].norm(dim=1)[:, None, None, None]
+    resized = torch.nn.functional.interpolate(depth - origin, size=(side, side), mode="nearest")
+    return colorize(resized[:, 0], -box_side / 2, box_side / 2)
+
+
+def save(config: ReconstructorRun, learner: Learner, images_seen: int) -> Path:
+    """Write a checkpoint: network, average, optimiser. The data and every draw need no state: they are keyed by images seen."""
+    tensors, optimizer = pack_optimizer(learner.optimizer, "optimizer")
+    for name, model in (("model", learner.model), ("averaged", learner.averaged)):
+        tensors |= {f"{name}/{key}": value for key, value in model.weights().items()}
+    return save_checkpoint(config.out, images_seen, tensors, {"optimizer": optimizer}, config, config.keep)
+
+
+def restore(config: ReconstructorRun, learner: Learner, saved: Checkpoint) -> int:
+    """Put a checkpoint back. Raises ConfigError if the run was started with other settings. Returns the images seen."""
+    differing = sorted(key for key, value in _settings(to_dict(config)).items() if _settings(saved.config).get(key) != value)
+    if differing:
+        raise ConfigError(
+            f"{saved.folder}: the run was started with other settings of {', '.join(differing)}; "
+            "give them as they were, or another --out for a new run"
+        )
+    for name, model in (("model", learner.model), ("averaged", learner.averaged)):
+        weights = {key.removeprefix(f"{name}/"): value for key, value in saved.tensors.items() if key.startswith(f"{name}/")}
+        try:
+            model.load_weights(weights, str(saved.folder))
+        except AssetError as error:
+            raise AssetError(f"{error}; delete {saved.folder} to go on from an older checkpoint") from error
+    unpack_optimizer(learner.optimizer, "optimizer", saved.tensors, saved.state["optimizer"])
+    return saved.images_seen
+
+
+def _settings(values: dict) -> dict:
+    """What must be equal for a resume to be the same run."""
+    kept = {key: value for key, value in values.items() if key not in FREE_TO_CHANGE}
+    kept["batches"] = {key: value for key, value in values.get("batches", {}).items() if key not in FREE_IN_BATCHES}
+    return kept
+
+
+def export(config: ReconstructorRun, learner: Learner, images_seen: int) -> Path:
+    """Write the averaged reconstructor for use: RUN/export."""
+    settings = ReconstructorExport(head_model=learner.head_model, model=config.model)
+    return export_model(config.out / "export", learner.averaged.weights(), settings, EXPORT_KIND, images_seen)

@@ -1,0 +1,122 @@
+"""A tiny untrained generator and a tiny data set of it, made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from datagen.generate import DatagenRun, generate
+from datagen.recipes import RecipeConfig
+from datagen.render import RenderConfig
+from datagen.shards import ShardConfig
+from genhead.background import BackgroundConfig as GeneratorBackground
+from genhead.generator import EXPORT_KIND, GenHead, GenHeadConfig, GenHeadExport
+from head3d.head_model import load_head_model
+from head3d.networks.superresolution import SuperResolutionConfig
+from head3d.rendering import RaySampling
+from head3d.run.checkpoint import export_model
+from head3d.run.seeding import torch_generator, weights_drawn_from
+from reconstructor.architectures.portrait4d import Portrait4DConfig
+from reconstructor.background import BackgroundConfig
+from reconstructor.batches import BatchConfig
+from reconstructor.encoders import GlobalEncoderConfig
+from reconstructor.losses import LossConfig, SmoothnessConfig
+from reconstructor.model import ReconstructorConfig
+from reconstructor.train import ReconstructorRun
+
+SIDE, RAYS, CHANNELS = 32, 16, 8
+SAMPLING = RaySampling(depth_samples=6, importance_samples=4)
+SUPERRESOLUTION = SuperResolutionConfig(input_resolution=RAYS, feature_channels=CHANNELS, channels=(8,), w_dim=8)
+
+GENERATOR = GenHeadConfig(
+    z_dim=8,
+    w_dim=8,
+    plane_resolution=16,
+    plane_channels=CHANNELS,
+    feature_channels=CHANNELS,
+    decoder_hidden=16,
+    channel_base=256,
+    channel_max=16,
+    render_resolution=RAYS,
+    image_resolution=SIDE,
+    mask_resolution=RAYS,
+    sampling=SAMPLING,
+    background=GeneratorBackground(resolution=16, channels=CHANNELS, z_dim=8, w_dim=8, mapping_layers=1, channel_base=256, channel_max=16),
+    superresolution=SUPERRESOLUTION,
+)
+
+MODEL = ReconstructorConfig(
+    architecture=Portrait4DConfig(
+        image_resolution=SIDE,
+        motion_dim=109,
+        global_encoder=GlobalEncoderConfig(base_width=8, stage_blocks=(1, 1), stem_pool=False, pyramid_dilations=(2,), out_width=16),
+        detail_stem_width=8,
+        detail_width=8,
+        detail_layers=1,
+        token_width=16,
+        heads=2,
+        motion_hidden=16,
+        motion_tokens=2,
+        deexpression_blocks=1,
+        reenactment_blocks=1,
+        feature_hidden=8,
+        feature_width=8,
+        decoder_hidden=8,
+        plane_channels=CHANNELS,
+        background=BackgroundConfig(base_width=8, levels=1, channels=CHANNELS),
+    ),
+    decoder_hidden=16,
+    feature_channels=CHANNELS,
+    render_resolution=RAYS,
+    sampling=SAMPLING,
+    superresolution=SUPERRESOLUTION,
+)
+
+
+class World(NamedTuple):
+    """Folders that all tests of this package read and none writes."""
+
+    generator: Path
+    shards: Path
+
+    def run(self, out: Path, **changes: object) -> ReconstructorRun:
+        """Settings of a run of a few steps on these shards."""
+        settings = {
+            "out": out,
+            "shards": self.shards,
+            "generator": self.generator,
+            "total_images": 16,
+            "learning_rate": 1e-3,
+            "micro_batch": 4,
+            "log_every": 4,
+            "pictures_every": 100,
+            "checkpoint_every": 100,
+            "keep": 10,
+            "batches": BatchConfig(size=4, threads=1, prefetch=2),
+            "losses": LossConfig(smoothness=SmoothnessConfig(every=2, points=20)),
+            "model": MODEL,
+        }
+        return ReconstructorRun(**settings | changes)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """An exported generator and shards of 8 identities: half static; of each kind one is held out for test and one for validation."""
+    folder = tmp_path_factory.mktemp("world")
+    with weights_drawn_from(torch_generator(1, "world")):
+        genhead = GenHead(GENERATOR, load_head_model(None))
+    export_model(folder / "generator", genhead.weights(), GenHeadExport(model=GENERATOR), EXPORT_KIND, 0)
+    recipe = RecipeConfig(dynamic_motions=2, dynamic_views=2, static_views=2, val_share=0.25, test_share=0.5, split_rule="modulo")
+    config = DatagenRun(
+        out=folder / "shards",
+        generator=folder / "generator",
+        identities=8,
+        workers=0,
+        recipe=recipe,
+        render=RenderConfig(points=30),
+        shards=ShardConfig(identities_per_shard=3),
+    )
+    assert generate(config) == 0
+    return World(folder / "generator", folder / "shards")

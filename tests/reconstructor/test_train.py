@@ -1,0 +1,223 @@
+"""Training: the switch, the warm start, logs, resume and stops, on a tiny data set."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from datagen.plan import open_plan
+from datagen.reading import open_dataset
+from genhead.generator import load_genhead
+from genhead.train import Divergence
+from head3d.cameras import frontal
+from head3d.labels import Motion
+from head3d.run import distributed
+from head3d.run.checkpoint import latest_checkpoint
+from head3d.run.errors import AssetError, ConfigError
+from head3d.run.runlog import read_metrics
+from reconstructor import train as training
+from reconstructor.batches import BatchConfig, BatchStream
+from reconstructor.losses import LossConfig, TermConfig, members_needed
+from reconstructor.model import load_reconstructor
+from reconstructor.train import ReconstructorRun, build, check_finite, loss_terms, preview_batch, preview_picture, train
+
+ALONE = distributed.Process(0, 1, torch.device("cpu"), True)
+
+
+def learner(config, warm=True):
+    return build(config, open_plan(config.shards), torch.device("cpu"), warm)
+
+
+def first_batch(config):
+    with BatchStream(open_dataset(config.shards), config.batches, 0, lambda seen: members_needed(config.losses, seen)) as batches:
+        return next(batches)
+
+
+def equal_tensors(first, second):
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def test_with_the_switch_off_the_driver_has_no_influence_and_with_it_on_it_has(world, tmp_path):
+    config = world.run(tmp_path)
+    model = learner(config).model
+    with torch.no_grad():
+        for block in (*model.architecture.deexpression, *model.architecture.reenactment):
+            block.cross_attention.output.weight.normal_(generator=torch.Generator().manual_seed(0))
+    batch = first_batch(config)
+    outputs = {}
+    for scale in (0.0, 1.0):
+        for sign in (1.0, -1.0):
+            images, _ = model(
+                batch.source_image,
+                batch.source_motion * sign,
+                batch.driving_motion * sign,
+                torch.full((4,), scale),
+                batch.label[:, 25:325],
+                Motion.neutral(4),
+                frontal(4),
+            )
+            outputs[scale, sign] = images.image
+    assert torch.equal(outputs[0.0, 1.0], outputs[0.0, -1.0])
+    assert not torch.equal(outputs[1.0, 1.0], outputs[1.0, -1.0])
+
+
+def test_warm_start_takes_decoder_and_superresolution_from_the_generator(world, tmp_path):
+    config, generator = world.run(tmp_path), load_genhead(world.generator)
+    warm, cold = learner(config).model, learner(config, warm=False).model
+    for part in ("decoder", "superresolution"):
+        assert not equal_tensors(getattr(warm, part).state_dict(), getattr(generator, part).state_dict())
+        assert equal_tensors(getattr(cold, part).state_dict(), getattr(generator, part).state_dict())
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder_hidden=12))
+    with pytest.raises(ConfigError, match=r"warm_start: the generator's decoder does not fit .* at color.weight.*--warm_start false"):
+        learner(wider)
+
+
+def test_every_parameter_gets_a_gradient(world, tmp_path):
+    """All but what the zero-initialised cross-attention output hides until its first step."""
+    config = world.run(tmp_path)
+    model = learner(config).model
+    with torch.no_grad():
+        for block in (*model.architecture.deexpression, *model.architecture.reenactment):
+            block.cross_attention.output.weight.normal_(generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(model.decoder.density.weight, generator=torch.Generator().manual_seed(0))
+    sum(loss_terms(config, model, first_batch(config), 0, torch.Generator()).values()).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(world, tmp_path, monkeypatch):
+    """With rays that are not jittered; jitter is drawn for each micro-batch."""
+    config = world.run(tmp_path, losses=LossConfig(smoothness=dataclasses.replace(LossConfig().smoothness, weight=0.0)))
+    monkeypatch.setattr(training, "torch_generator", lambda *keys, **settings: None)
+    monkeypatch.setattr(training, "weights_drawn_from", lambda generator: torch.random.fork_rng())
+    gradients = []
+    for micro in (4, 1):
+        torch.manual_seed(0)
+        one = learner(config)
+        training.step(dataclasses.replace(config, micro_batch=micro), one, first_batch(config), 0, ALONE)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()]))
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_a_run_learns_logs_and_exports(world, tmp_path):
+    config = world.run(tmp_path / "run", total_images=48, pictures_every=16, checkpoint_every=16)
+    assert train(config) == 0
+    lines = read_metrics(config.out)
+    assert [line["images_seen"] for line in lines] == list(range(4, 52, 4))
+    assert lines[-1]["loss/total"] < lines[0]["loss/total"]
+    wanted = ("image_final", "image_raw", "image_foreground", "image_background", "features", "points", "depth", "opacity", "total")
+    assert {f"loss/{name}" for name in wanted} | {"speed/images_per_s", "speed/data_wait_share"} <= lines[0].keys()
+    assert "loss/smoothness" in lines[0] and "loss/smoothness" not in lines[1]  # every second step
+    assert sorted(path.name for path in (config.out / "pictures").iterdir()) == [f"{seen:09d}_preview.png" for seen in (16, 32, 48)]
+    exported = load_reconstructor(config.out / "export")
+    saved = latest_checkpoint(config.out)
+    assert not equal_tensors(exported.weights(), {name[9:]: value for name, value in saved.tensors.items() if name.startswith("averaged/")})
+    before = (config.out / "export" / "model.safetensors").stat().st_mtime_ns
+    assert train(config) == 0
+    assert (config.out / "export" / "model.safetensors").stat().st_mtime_ns == before  # a finished run is not repeated
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(world, tmp_path):
+    whole = world.run(tmp_path / "whole")
+    parts = dataclasses.replace(whole, out=tmp_path / "parts", batches=BatchConfig(size=4, threads=0))
+    train(whole)
+    train(dataclasses.replace(parts, total_images=8))
+    train(parts)
+    first, second = latest_checkpoint(whole.out), latest_checkpoint(parts.out)
+    assert first.images_seen == second.images_seen == 16
+    assert equal_tensors(first.tensors, second.tensors) == [] and first.state == second.state
+    for one, other in zip(read_metrics(whole.out), read_metrics(parts.out), strict=True):
+        assert {k: v for k, v in one.items() if k.startswith("loss")} == {k: v for k, v in other.items() if k.startswith("loss")}
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(world, tmp_path, monkeypatch):
+    config = world.run(tmp_path / "run")
+    step, calls = training.step, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "step", interrupted)
+    assert train(config) == 0
+    assert latest_checkpoint(config.out).images_seen == 8 and not (config.out / "export").exists()
+    assert train(config) == 0
+    assert latest_checkpoint(config.out).images_seen == 16 and (config.out / "export" / "model.json").exists()
+
+
+def test_a_resume_with_other_settings_is_refused_by_name(world, tmp_path):
+    config = world.run(tmp_path / "run", total_images=4)
+    train(config)
+    with pytest.raises(ConfigError, match="other settings of batches, learning_rate;"):
+        train(dataclasses.replace(config, total_images=8, learning_rate=1e-2, batches=BatchConfig(size=2)))
+
+
+def test_divergence_stops_before_the_weights_are_touched(world, tmp_path):
+    config = world.run(tmp_path / "run")
+    one, batch = learner(config), first_batch(config)
+    before = {name: value.clone() for name, value in one.model.weights().items()}
+    broken = dataclasses.replace(batch, depth=batch.depth * float("nan"))
+    scalars = training.step(config, one, broken, 0, ALONE)
+    assert not equal_tensors(one.model.weights(), before)
+    with pytest.raises(Divergence, match=r"loss/depth, loss/total is not finite after 4 images; last good checkpoint: none yet"):
+        check_finite(scalars, 4, config.out)
+
+
+def test_wrong_data_is_refused_before_anything_is_written(world, tmp_path):
+    config = world.run(tmp_path / "run")
+    manifest = json.loads((world.shards / "dataset.json").read_text())
+    assert manifest["plan"]["labels_share"] == 1.0
+    wide = dataclasses.replace(config.model, architecture=dataclasses.replace(config.model.architecture, motion_dim=548))
+    with pytest.raises(ConfigError, match="motion_dim is 548, but the motion comes as a FLAME vector of 109"):
+        train(dataclasses.replace(config, model=wide))
+    with pytest.raises(AssetError, match="generator weights"):
+        other = tmp_path / "generator"
+        other.mkdir()
+        for name in ("model.safetensors", "config.yaml"):
+            (other / name).write_bytes((world.generator / name).read_bytes())
+        record = json.loads((world.generator / "model.json").read_text())
+        (other / "model.json").write_text(json.dumps(record | {"tensors_sha256": "0" * 64}))
+        train(dataclasses.replace(config, generator=other))
+    assert not config.out.exists()
+
+
+def test_a_loss_without_labels_is_refused_before_anything_is_written(world, tmp_path, monkeypatch):
+    config = world.run(tmp_path / "run")
+
+    def without_depth(folder):
+        dataset = open_dataset(folder)
+        dataset.frames = [
+            frame._replace(members={name: place for name, place in frame.members.items() if name != "depth"}) for frame in dataset.frames
+        ]
+        return dataset
+
+    monkeypatch.setattr(training, "open_dataset", without_depth)
+    with pytest.raises(ConfigError, match=r"the loss losses.depth compares with the member 'depth', but 0 of"):
+        train(config)
+    assert not config.out.exists()
+    silent = dataclasses.replace(config, losses=dataclasses.replace(config.losses, depth=TermConfig(0.0)), total_images=4)
+    assert train(silent) == 0
+
+
+def test_the_preview_shows_source_driver_output_truth_depths_and_a_novel_view(world, tmp_path):
+    config = world.run(tmp_path)
+    batch = preview_batch(config, open_dataset(config.shards))
+    picture = preview_picture(learner(config).averaged, batch)
+    assert picture.shape == (len(batch) * 34 - 2, 7 * 34 - 2, 3)
+    assert (picture[:32, :32].astype(float) - 127.5 * (1 + batch.source_image[0].permute(1, 2, 0).numpy())).max() < 1
+
+
+def test_defaults_are_the_published_run():
+    config = ReconstructorRun()
+    assert (config.learning_rate, config.betas, config.epsilon, config.batches.size, config.batches.static_share) == (
+        1e-4,
+        (0.9, 0.999),
+        1e-5,
+        32,
+        0.5,
+    )
