@@ -128,9 +128,7 @@ def triangulate(loop: np.ndarray, vertices: np.ndarray) -> np.ndarray:
     i = j = 0
     faces = []
     while i < len(forward) - 1 or j < len(backward) - 1:
-        advance = j == len(backward) - 1 or (
-            i < len(forward) - 1 and vertices[forward[i + 1], 0] <= vertices[backward[j + 1], 0]
-        )
+        advance = j == len(backward) - 1 or (i < len(forward) - 1 and vertices[forward[i + 1], 0] <= vertices[backward[j + 1], 0])
         if advance:
             faces.append((forward[i], forward[i + 1], backward[j]))
             i += 1
@@ -152,7 +150,7 @@ def simplify(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
     _, _, source = dijkstra(edge_matrix(vertices, faces), indices=seeds, min_only=True, return_predecessors=True)
     label = np.full(len(vertices), -1)
     label[seeds] = np.arange(len(seeds))
-    owner = np.where(source >= 0, label[source], -1)
+    owner = np.where(source >= 0, label[np.maximum(source, 0)], -1)  # -9999 marks what no seed reaches
     coarse = owner[faces]
     distinct = (coarse[:, 0] != coarse[:, 1]) & (coarse[:, 1] != coarse[:, 2]) & (coarse[:, 2] != coarse[:, 0])
     coarse = coarse[distinct & (coarse >= 0).all(1)]
@@ -246,9 +244,7 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     return result
 
 
-def _landmarks(
-    vertices: np.ndarray, faces: np.ndarray, regions: dict[str, np.ndarray], skin: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _landmarks(vertices: np.ndarray, faces: np.ndarray, regions: dict[str, np.ndarray], skin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     left, right = vertices[regions["left_eyeball"]].mean(0), vertices[regions["right_eyeball"]].mean(0)
     middle, unit = (left + right) / 2, np.linalg.norm(left - right)
     lips = vertices[np.intersect1d(regions["lips"], skin)]
