@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from datagen.generate import DatagenRun
+from datagen.generate import DatagenRun, generate
 from datagen.recipes import MotionDraws, RecipeConfig
 from datagen.render import RenderConfig
 from datagen.shards import ShardConfig
@@ -115,7 +115,21 @@ def generator(tmp_path_factory, head_file):
     return export_generator(tmp_path_factory.mktemp("generator"), 0, head_file)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def other_generator(tmp_path_factory, head_file):
+    """The same network with other weights."""
+    return export_generator(tmp_path_factory.mktemp("other_generator"), 1, head_file)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, run_of, data_files):
+    """Bytes of the tiny set, made in one go in this process."""
+    out = tmp_path_factory.mktemp("undisturbed") / "set"
+    assert generate(run_of(out)) == 0
+    return data_files(out)
+
+
+@pytest.fixture(scope="session")
 def run_of(generator):
     """Settings of a tiny run: `run_of(out, **changes)`. Five identities, seven frames, three shards."""
 
@@ -138,10 +152,15 @@ def run_of(generator):
     return build
 
 
-def data_files(folder):
-    """Bytes of everything that is data: all files but the log and the lock."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("log.jsonl", ".lock")
-    }
+@pytest.fixture(scope="session")
+def data_files():
+    """Bytes of everything in a folder that is data: all files but the log and the lock."""
+
+    def read(folder):
+        return {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in ("log.jsonl", ".lock")
+        }
+
+    return read

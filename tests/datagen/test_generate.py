@@ -1,0 +1,279 @@
+"""The farm: the same bytes for any number of workers and after any kill; what stops it and what it says."""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from datagen import generate as farm
+from datagen import worker
+from datagen.generate import generate, make_plan
+from datagen.plan import open_plan
+from datagen.reading import open_dataset
+from datagen.render import RenderConfig, SampleError
+from datagen.shards import _HashedStream, shard_path
+from head3d.run.config import save_yaml
+from head3d.run.errors import AssetError, ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One local cluster for all tests of this file; `generate` uses it and leaves it."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, object_store_memory=128 << 20, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+# The same bytes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_holds_the_plan(tmp_path, run_of):
+    out = tmp_path / "set"
+    assert generate(run_of(out)) == 0
+    dataset = open_dataset(out)
+    assert [(entry.identity, entry.motion, entry.kind) for entry in dataset.frames] == [
+        (0, 0, "static"), (1, 0, "dynamic"), (1, 1, "dynamic"), (2, 0, "static"), (3, 0, "dynamic"), (3, 1, "dynamic"), (4, 0, "static"),
+    ]  # fmt: skip
+    assert [entry.split for entry in dataset.frames] == ["val", "val", "val", "test", "test", "test", "train"]
+    assert dataset.manifest["plan"] == {"identities": 5, "shards": 3, "frames": 7, "labels_share": 1.0}
+    assert dataset.manifest["synthetic"] is True and open_plan(out) == make_plan(run_of(out))
+    data = dataset.read(dataset.frames[1], ["rgb.2", "label", "depth", "points", "point_features", "identity.background", "json"])
+    assert data["rgb.2"].shape == (32, 32, 3) and data["points"].shape == (3, 20, 3) and data["json"]["draws"]["look_at"]
+    assert not [path for path in out.rglob(".tmp-*")]
+
+
+def test_two_workers_one_of_them_killed_and_one_worker_give_the_bytes_of_none(tmp_path, run_of, data_files, undisturbed, ray, monkeypatch):
+    """The whole promise in one test, because starting workers is what takes time here."""
+    killed = []
+    record = farm._record
+
+    def kill_the_first_to_report(out, report, bar, failures):
+        if not killed:
+            killed.append(int(report.worker.rpartition(":")[2]))
+            os.kill(killed[0], signal.SIGKILL)
+        record(out, report, bar, failures)
+
+    monkeypatch.setattr(farm, "_record", kill_the_first_to_report)
+    two = tmp_path / "two"
+    assert generate(run_of(two, workers=2, identities=9)) == 0
+    assert killed and killed[0] != os.getpid()
+    monkeypatch.setattr(farm, "_record", record)
+    none = tmp_path / "none"
+    assert generate(run_of(none, identities=9)) == 0
+    assert data_files(two) == data_files(none)
+    one = tmp_path / "one"
+    assert generate(run_of(one, workers=1)) == 0
+    assert data_files(one) == undisturbed
+    workers = {json.loads(line)["worker"] for line in (one / "log.jsonl").read_text().splitlines()}
+    assert len(workers) == 1 and not workers & {f"{os.uname().nodename}:{os.getpid()}"}
+
+
+def test_what_a_worker_refuses_reaches_the_user(tmp_path, run_of, ray):
+    with pytest.raises(DataError, match="frames.*could not be written"):
+        out = tmp_path / "set"
+        out.mkdir()
+        (out / "frames").write_text("a file where a folder belongs")
+        generate(run_of(out, workers=1))
+
+
+def test_sigkill_half_way_and_the_same_command_again_give_the_same_bytes(tmp_path, run_of, data_files, undisturbed):
+    out, config = tmp_path / "set", tmp_path / "run.yaml"
+    save_yaml(run_of(out), config)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines", "datagen", "--config", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    first = shard_path(out, "frames", 0).with_suffix(".json")
+    deadline = time.monotonic() + 60
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    there = data_files(out)
+    assert "index.json" not in there and there.items() <= undisturbed.items() | {(n, b) for n, b in there.items() if ".tmp-" in n}
+    assert generate(run_of(out)) == 0
+    assert data_files(out) == undisturbed
+    assert len((out / "log.jsonl").read_text().splitlines()) <= 4  # what was done is not done again, but for the shard in hand
+
+
+def test_a_finished_set_is_left_alone_and_no_generator_is_loaded(tmp_path, run_of, monkeypatch, capsys):
+    out = tmp_path / "set"
+    generate(run_of(out))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    monkeypatch.setattr(worker, "load_genhead", None)
+    assert generate(run_of(out)) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    assert "made 0 shards now" in capsys.readouterr().out
+
+
+def test_growing_a_set_gives_what_one_large_run_gives(tmp_path, run_of, data_files):
+    out, whole = tmp_path / "grown", tmp_path / "whole"
+    generate(run_of(out, identities=3, labels_share=0.5))
+    generate(run_of(out, identities=6))
+    generate(run_of(whole, identities=6))
+    assert data_files(out) == data_files(whole)
+
+
+def test_a_damaged_or_deleted_file_is_made_again(tmp_path, run_of, data_files, undisturbed):
+    out = tmp_path / "set"
+    generate(run_of(out))
+    cut, gone = shard_path(out, "labels", 1), shard_path(out, "identities", 0)
+    data = cut.read_bytes()
+    cut.chmod(0o644)
+    cut.write_bytes(data[:-512])
+    gone.unlink()
+    assert generate(run_of(out)) == 0
+    assert data_files(out) == undisturbed
+
+
+def test_killed_writers_leftovers_are_swept(tmp_path, run_of):
+    out = tmp_path / "set"
+    (out / "frames").mkdir(parents=True)
+    (out / "frames" / ".tmp-0123456789ab-000000.tar").write_bytes(b"half a shard")
+    generate(run_of(out))
+    assert not list(out.rglob(".tmp-*"))
+
+
+def test_only_the_first_share_of_the_shards_carries_labels(tmp_path, run_of):
+    out = tmp_path / "set"
+    generate(run_of(out, labels_share=0.34))
+    assert sorted(path.name for path in (out / "labels").glob("*.tar")) == ["000000.tar", "000001.tar"]
+    dataset = open_dataset(out)
+    assert ["depth" in entry.members for entry in dataset.frames] == [True] * 6 + [False]
+
+
+# The hash ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_covers_what_decides_bytes_and_nothing_else(tmp_path, run_of, other_generator):
+    base = run_of(tmp_path / "a")
+    same = [
+        run_of(tmp_path / "b", workers=3, address="auto", identities=99, labels_share=0.1, licence="other", max_failures=1),
+        run_of(tmp_path / "c", gpus_per_worker=0.25, object_store_mb=999),
+    ]
+    other = [
+        dataclasses.replace(base, seed=1),
+        dataclasses.replace(base, generator=other_generator),
+        dataclasses.replace(base, recipe=dataclasses.replace(base.recipe, truncation_psi=0.7)),
+        dataclasses.replace(base, render=RenderConfig(points=21, views_at_once=2)),
+        dataclasses.replace(base, shards=dataclasses.replace(base.shards, jpeg_quality=90)),
+    ]
+    hashes = [make_plan(config).hash for config in (base, *same, *other)]
+    assert len(set(hashes[:3])) == 1 and len(set(hashes)) == 1 + len(other)
+
+
+def test_other_settings_in_the_folder_stop_the_run_and_are_named(tmp_path, run_of, data_files, undisturbed):
+    out = tmp_path / "set"
+    generate(run_of(out))
+    with pytest.raises(ConfigError, match=r"dataset.json: .*changed: seed: 0 -> 1\. Choose another --out"):
+        generate(run_of(out, seed=1))
+    with pytest.raises(ConfigError, match=r"a set can grow but not shrink"):
+        generate(run_of(out, identities=4))
+    assert data_files(out) == undisturbed
+
+
+def test_a_shard_of_another_data_set_is_not_taken_for_done(tmp_path, run_of):
+    out, other = tmp_path / "set", tmp_path / "other"
+    generate(run_of(out))
+    generate(run_of(other, seed=1))
+    for suffix in (".tar", ".json"):
+        source, target = (shard_path(folder, "frames", 1).with_suffix(suffix) for folder in (other, out))
+        os.replace(source, target)
+    with pytest.raises(ConfigError, match=r"frames/000001.json: expected a shard of settings .* two data sets are mixed"):
+        generate(run_of(out))
+
+
+# What goes wrong ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_shard_is_collected_and_named_and_the_rest_is_made(tmp_path, run_of, data_files, undisturbed, monkeypatch, capsys):
+    render = worker.render_identity
+
+    def poisoned(genhead, recipe, config):
+        if recipe.identity == 3:
+            raise SampleError("identity 3 of seed 0, motion 0: not finite")
+        return render(genhead, recipe, config)
+
+    out = tmp_path / "set"
+    monkeypatch.setattr(worker, "render_identity", poisoned)
+    assert generate(run_of(out)) == 1
+    said = capsys.readouterr().out
+    assert "shard 000001 failed: identity 3 of seed 0" in said and "call the same command again" in said
+    assert {entry.identity for entry in open_dataset(out).frames} == {0, 1, 4}
+    monkeypatch.setattr(worker, "render_identity", render)
+    assert generate(run_of(out)) == 0
+    assert data_files(out) == undisturbed
+
+
+def test_too_many_failures_stop_the_run(tmp_path, run_of, monkeypatch):
+    tried = []
+
+    def poisoned(genhead, recipe, config):
+        tried.append(recipe.identity)
+        raise SampleError("not finite")
+
+    monkeypatch.setattr(worker, "render_identity", poisoned)
+    assert generate(run_of(tmp_path / "set", max_failures=2)) == 1
+    assert tried == [0, 2]
+
+
+def test_a_value_out_of_range_names_the_identity(tmp_path, run_of, monkeypatch, capsys):
+    render = worker.render_identity
+
+    def too_far(genhead, recipe, config):
+        rendered = render(genhead, recipe, config)
+        rendered.frames[0]["depth"] = np.full_like(rendered.frames[0]["depth"], 9.0)
+        return rendered
+
+    monkeypatch.setattr(worker, "render_identity", too_far)
+    assert generate(run_of(tmp_path / "set", max_failures=1)) == 1
+    assert "identity 0 of seed 0, motion 0: depth must lie in" in capsys.readouterr().out
+
+
+def test_a_full_disk_stops_the_run_with_a_remedy_and_leaves_no_half_shard(tmp_path, run_of, data_files, undisturbed, monkeypatch):
+    out, write, written = tmp_path / "set", _HashedStream.write, []
+
+    def fills_up(self, data):
+        written.append(len(data))
+        if sum(written) > 200_000 and not self.abandoned:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(_HashedStream, "write", fills_up)
+    with pytest.raises(DataError, match=r"No space left on device.*check the free space"):
+        generate(run_of(out))
+    assert not list(out.rglob(".tmp-*")) and data_files(out).items() <= undisturbed.items()
+    monkeypatch.setattr(_HashedStream, "write", write)
+    assert generate(run_of(out)) == 0
+    assert data_files(out) == undisturbed
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path, run_of):
+    out = tmp_path / "set"
+    out.mkdir()
+    with (out / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another `headfoundry datagen` is writing"):
+            generate(run_of(out))
+
+
+def test_a_missing_generator_is_an_error_before_anything_is_written(tmp_path, run_of):
+    out = tmp_path / "set"
+    with pytest.raises(AssetError, match="nowhere"):
+        generate(run_of(out, generator=tmp_path / "nowhere"))
+    assert not out.exists()
+
+
+def test_a_generator_that_changed_since_the_plan_is_refused(run_of, tmp_path, other_generator):
+    plan = make_plan(run_of(tmp_path / "set"))
+    with pytest.raises(AssetError, match="expected generator weights"):
+        worker.load_planned_generator(plan, other_generator, "cpu")
