@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,32 +30,36 @@ class RegularizerConfig:
     smoothness_step: NonNegativeFloat = 0.004  # jitter, as a share of the box side
 
 
-def discriminator_input(image: Tensor, raw: Tensor, correspondence: Tensor, opacity: Tensor) -> Tensor:
-    """The ten channels the discriminator sees, [B, 10, S, S]: final RGB, raw RGB, correspondence map, opacity.
+class DiscriminatorParts(NamedTuple):
+    """The discriminator's four inputs before they are resized and stacked; R1 differentiates by these."""
 
-    image [B, 3, S, S], raw [B, 3, R, R] and correspondence [B, 3, S, S] as they are, opacity [B, 1, R, R] in [0, 1] becomes
-    [-1, 1]; raw and opacity are resized to S with antialiasing.
-    """
-    side = image.shape[-1]
-    return torch.cat([image, resize_antialias(raw, side), correspondence, resize_antialias(opacity * 2 - 1, side)], dim=1)
+    image: Tensor  # [B, 3, S, S] in [-1, 1]
+    raw: Tensor  # [B, 3, R, R]
+    correspondence: Tensor  # [B, 3, S, S]
+    opacity: Tensor  # [B, 1, R, R] in [-1, 1]
+
+    def stack(self) -> Tensor:
+        """The ten channels [B, 10, S, S]."""
+        side = self.image.shape[-1]
+        return torch.cat([self.image, resize_antialias(self.raw, side), self.correspondence, resize_antialias(self.opacity, side)], dim=1)
 
 
-def fake_input(genhead: GenHead, output: GenHeadOutput, vertices: Tensor, camera: Camera) -> Tensor:
-    """Discriminator input of generated pictures; `vertices` [B, N, 3] are those of the pose they were rendered with."""
+def fake_parts(genhead: GenHead, output: GenHeadOutput, vertices: Tensor, camera: Camera) -> DiscriminatorParts:
+    """Discriminator inputs of generated pictures; `vertices` [B, N, 3] are those of the pose they were rendered with."""
     images = output.images
     correspondence = correspondence_map(genhead.head_model, vertices, camera, images.image.shape[-1])
-    return discriminator_input(images.image, images.raw, correspondence, images.opacity)
+    return DiscriminatorParts(images.image, images.raw, correspondence, images.opacity * 2 - 1)
 
 
-def real_input(genhead: GenHead, image: Tensor, matte: Tensor, vertices: Tensor, camera: Camera) -> Tensor:
-    """Discriminator input of portraits: image [B, 3, S, S] in [-1, 1], matte [B, 1, S, S] in [0, 1].
+def real_parts(genhead: GenHead, image: Tensor, matte: Tensor, vertices: Tensor, camera: Camera) -> DiscriminatorParts:
+    """Discriminator inputs of portraits: image [B, 3, S, S] in [-1, 1], matte [B, 1, S, S] in [0, 1].
 
     The raw picture and the matte are reduced to the rendering resolution, as the fakes' are; the correspondence map is rendered
     from the label (stored 8-bit maps made the published training unstable).
     """
     side = genhead.config.render_resolution
     correspondence = correspondence_map(genhead.head_model, vertices, camera, image.shape[-1])
-    return discriminator_input(image, resize_antialias(image, side), correspondence, resize_antialias(matte, side))
+    return DiscriminatorParts(image, resize_antialias(image, side), correspondence, resize_antialias(matte, side) * 2 - 1)
 
 
 def distortion(weights: Tensor, depths: Tensor) -> Tensor:
