@@ -163,7 +163,7 @@ def draw_look(generator: np.random.Generator) -> Look:
         glasses = linear([[24, 22, 22], [70, 42, 26], [150, 130, 96], [120, 124, 130], [40, 46, 78], [110, 28, 34]][g.integers(6)])
     cloth = linear(_hsv(g.random(), g.beta(1.6, 2.2), g.uniform(0.15, 0.92)))
     garments = get_args(Garment)
-    return Look(
+    look = Look(
         skin=skin,
         ruddiness=g.uniform(0.2, 1.0) * (0.5 + 0.5 * lightness),
         freckles=g.uniform(0.3, 1.0) if g.random() < 0.12 * lightness else 0.0,
@@ -190,6 +190,12 @@ def draw_look(generator: np.random.Generator) -> Look:
         light=draw_light(g),
         noise_seed=int(g.integers(1 << 31)),
     )
+    return look._replace(**_float32(look), light=Light(**_float32(look.light)))
+
+
+def _float32(record: NamedTuple) -> dict[str, np.ndarray]:
+    """The arrays of a record in single precision, which is what painting computes in."""
+    return {name: value.astype(np.float32) for name, value in record._asdict().items() if isinstance(value, np.ndarray)}
 
 
 def draw_light(generator: np.random.Generator) -> Light:
