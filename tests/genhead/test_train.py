@@ -1,0 +1,162 @@
+"""GenHead's training: resume equals uninterrupted, bad settings are named, the export loads."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genhead.background import BackgroundConfig
+from genhead.game import GameConfig
+from genhead.generator import GenHeadConfig, load_genhead
+from genhead.portraits import Portrait, write_portraits
+from genhead.train import GenHeadRun, check_finite, crossed, train
+from head3d.cameras import orbit
+from head3d.labels import Motion, pack_label
+from head3d.networks.discriminator import DiscriminatorConfig
+from head3d.networks.superresolution import SuperResolutionConfig
+from head3d.rendering import RaySampling
+from head3d.run.checkpoint import latest_checkpoint
+from head3d.run.errors import AssetError, ConfigError, FoundryError
+from head3d.run.runlog import read_metrics
+
+MODEL = GenHeadConfig(
+    z_dim=8,
+    w_dim=8,
+    plane_resolution=8,
+    plane_channels=4,
+    feature_channels=4,
+    decoder_hidden=8,
+    channel_base=64,
+    channel_max=8,
+    render_resolution=8,
+    image_resolution=16,
+    mask_resolution=32,
+    sampling=RaySampling(depth_samples=4, importance_samples=3),
+    background=BackgroundConfig(resolution=8, channels=4, z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8),
+    superresolution=SuperResolutionConfig(input_resolution=8, feature_channels=4, channels=(8,), w_dim=8),
+)
+DISCRIMINATOR = DiscriminatorConfig(resolution=16, channel_base=64, channel_max=8, mapping_layers=1)
+
+
+@pytest.fixture(scope="module")
+def portraits(tmp_path_factory) -> Path:
+    generator, path = torch.Generator().manual_seed(0), tmp_path_factory.mktemp("portraits") / "set"
+    count = 6
+    camera = orbit(torch.linspace(-0.5, 0.5, count), torch.zeros(count), torch.full((count,), 4.17))
+    labels = pack_label(camera, torch.randn(count, 300, generator=generator), Motion.neutral(count)).numpy()
+    rng = np.random.default_rng(0)
+    pictures = [Portrait(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8), rng.integers(0, 255, (16, 16), dtype=np.uint8), label) for label in labels]
+    write_portraits(path, pictures, 16, count, {})
+    return path
+
+
+def _run(out: Path, portraits: Path, **changes) -> GenHeadRun:
+    run = GenHeadRun(
+        out=out,
+        portraits=portraits,
+        total_images=12,
+        log_every=4,
+        pictures_every=1000,
+        checkpoint_every=4,
+        keep=9,
+        game=GameConfig(batch=4, r1_every=2, smoothness_every=2, blur_sigma=1.0, blur_images=8, swap_images=8, ema_images=8.0),
+        model=MODEL,
+        discriminator=DISCRIMINATOR,
+    )
+    return dataclasses.replace(run, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, portraits) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    assert train(_run(out, portraits)) == 0
+    return out
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    saved = latest_checkpoint(folder)
+    assert saved is not None and saved.images_seen == 12
+    return saved.tensors
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, portraits, finished):
+    train(_run(tmp_path, portraits, total_images=4))
+    train(_run(tmp_path, portraits, total_images=8))
+    train(_run(tmp_path, portraits))
+    ours, theirs = _tensors(tmp_path), _tensors(finished)
+    assert ours.keys() == theirs.keys() and len(ours) > 50
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert read_metrics(tmp_path) == read_metrics(finished)
+
+
+def test_training_moves_both_players_and_the_average_lags(finished):
+    tensors = _tensors(finished)
+    first = next(name for name in tensors if name.startswith("generator/backbone") and name.endswith("conv0.weight"))
+    assert not torch.equal(tensors[first], tensors[first.replace("generator/", "averaged/")])
+    moments = [name for name in tensors if name.startswith("optimizer_discriminator") and name.endswith("exp_avg_sq")]
+    assert moments and all(tensors[name].abs().sum() > 0 for name in moments if tensors[name].numel() > 1)
+
+
+def test_a_finished_run_is_not_repeated(finished, portraits, capsys):
+    before = (finished / "export" / "model.safetensors").stat().st_mtime_ns
+    assert train(_run(finished, portraits)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (finished / "export" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_export_renders_and_carries_no_head_model(finished):
+    genhead = load_genhead(finished / "export")
+    motion, camera = Motion.neutral(1), orbit(torch.zeros(1), torch.zeros(1), torch.full((1,), 4.17))
+    with torch.no_grad():
+        images = genhead(torch.zeros(1, 8), torch.zeros(1, 300), motion, camera).images
+    assert images.image.shape == (1, 3, 16, 16) and images.image.isfinite().all()
+    assert (finished / "export" / "model.safetensors").stat().st_size < 1_000_000
+
+
+def test_metrics_name_every_loss(finished):
+    line = read_metrics(finished)[-1]
+    expected = {"generator/adversarial", "discriminator/adversarial", "discriminator/real_logits", "discriminator/fake_logits", "generator/opacity"}
+    assert expected <= line.keys() and line["images_seen"] == 12
+    assert any("discriminator/r1" in entry for entry in read_metrics(finished))
+
+
+def test_other_settings_are_refused_on_resume(finished, portraits):
+    with pytest.raises(ConfigError, match="game"):
+        train(_run(finished, portraits, total_images=16, game=GameConfig(batch=2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": dataclasses.replace(MODEL, image_resolution=32)}, "16 px"),
+        ({"discriminator": dataclasses.replace(DISCRIMINATOR, resolution=32)}, "discriminator.resolution"),
+        ({"game": GameConfig(batch=3, accumulation=2)}, "multiple"),
+    ],
+)
+def test_contradicting_settings_are_named_before_anything_is_written(tmp_path, portraits, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        train(_run(tmp_path / "run", portraits, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_divergence_names_the_quantity_and_the_last_good_checkpoint(finished):
+    with pytest.raises(FoundryError, match="generator/adversarial") as caught:
+        check_finite({"generator/adversarial": float("nan"), "x": 1.0}, 99, finished)
+    assert "000000012" in str(caught.value)
+
+
+def test_an_export_of_other_widths_is_refused(tmp_path, finished):
+    config = (finished / "export" / "config.yaml").read_text().replace("plane_channels: 4", "plane_channels: 5")
+    for name in ("model.safetensors", "model.json"):
+        (tmp_path / name).write_bytes((finished / "export" / name).read_bytes())
+    (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(AssetError, match="do not fit"):
+        load_genhead(tmp_path)
+    assert json.loads((tmp_path / "model.json").read_text())["kind"] == "genhead"
+
+
+def test_crossed_fires_once_per_multiple():
+    assert [seen for seen in range(4, 41, 4) if crossed(seen, 4, 10)] == [12, 20, 32, 40]
