@@ -74,7 +74,8 @@ def save_png(path: Path | str, picture: np.ndarray, provenance: Mapping[str, Any
 def save_video(path: Path | str, frames: Iterable[np.ndarray], fps: float, provenance: Mapping[str, Any]) -> None:
     """Write uint8 [H, W, 3] frames as H.264 in mp4, atomically, marked as synthetic in the comment tag.
 
-    Frames are taken one at a time; an odd height or width loses its last row or column (the codec needs even ones). Raises ValueError if there is no frame.
+    Frames are taken one at a time. An odd height or width loses its last row or column: the codec needs even ones.
+    Raises ValueError if there is no frame.
     """
     import imageio_ffmpeg
 

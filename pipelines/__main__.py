@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from head3d.run.errors import ConfigError, FoundryError
-from head3d.run.memory import keep_freed_memory
+from head3d.run.memory import restart_tuned
 
 
 class Command(NamedTuple):
@@ -48,10 +48,13 @@ headfoundry COMMAND --help   lists every setting of a command with its meaning a
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 2 the user's to mend (one message on stderr), 130 interrupted."""
+    own_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0 if arguments else 2
+    if own_process:
+        restart_tuned()
     try:
         return run_command(arguments[0], arguments[1:])
     except FoundryError as error:
@@ -67,7 +70,6 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
     file, dry_run, settings = split_arguments(arguments)
-    keep_freed_memory()
     from head3d.run.config import resolve, yaml_text
 
     module = importlib.import_module(COMMANDS[name].module)

@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from head3d.run.memory import keep_freed_memory
-
 ROOT = Path(__file__).resolve().parent.parent
 
-keep_freed_memory()
 torch.set_num_threads(1)
 
 

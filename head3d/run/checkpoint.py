@@ -46,8 +46,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint whole or not at all, delete all but the newest `keep` >= 1, and return its folder.
 
-    `tensors` may be on any device and share memory; `state` is JSON; `config` is a config dataclass or dict. One process of a run calls this.
-    Raises DataError if the disk refuses; earlier checkpoints then stay.
+    `tensors` may be on any device and share memory; `state` is JSON; `config` is a config dataclass or dict. One process of a run
+    calls this. Raises DataError if the disk refuses; earlier checkpoints then stay.
     """
     assert keep >= 1 and images_seen >= 0, f"expected keep >= 1 and images_seen >= 0, got {keep} and {images_seen}"
     parent = Path(run_folder) / "checkpoints"

@@ -64,9 +64,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(config_class: type[Config], values: dict[str, Any], where: str) -> Config:
-    """Check `values` and build the config. Types are strict: "5" is no number, 1.5 no integer; a list may stand for a tuple, text for a path.
+    """Check `values` and build the config.
 
-    Raises ConfigError that names `where`, each wrong key and its value, and what is allowed.
+    Types are strict: "5" is no number, 1.5 no integer; a list may stand for a tuple and text for a path. Raises ConfigError that
+    names `where`, each wrong key and its value, and what is allowed.
     """
     return _validate(config_class, values, where)
 
@@ -263,7 +264,7 @@ for _tag, _pattern, _first in (
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader: builds no objects
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader: builds no objects)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(f"{path}: there is no such configuration file; configs/ holds the ones that come with the project") from error
     except OSError as error:

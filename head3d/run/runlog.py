@@ -98,7 +98,10 @@ def progress(
     initial: int = 0,
     enabled: bool = True,
 ) -> tqdm:
-    """A bar over an iterable, or up to a total that the caller moves with `.update(n)`. It goes to stderr; into a file it prints every 30 s."""
+    """A bar over an iterable, or up to a total that the caller moves with `.update(n)`.
+
+    It goes to stderr; into a file it prints every 30 s.
+    """
     return tqdm(
         None if isinstance(work, int) else work,
         total=work if isinstance(work, int) else None,

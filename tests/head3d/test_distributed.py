@@ -1,0 +1,71 @@
+"""Processes that train together agree; one alone needs nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from head3d.run.distributed import StopSignal, any_process, average_gradients, barrier, broadcast, mean_scalars, start, stop
+
+PROGRAM = """
+import torch
+from head3d.run.distributed import *
+me = start("cpu")
+weight, other = torch.nn.Parameter(torch.full((2,), float(me.rank))), torch.nn.Parameter(torch.zeros(3))
+broadcast([weight])
+assert weight.tolist() == [0, 0]
+weight.grad = torch.tensor([1.0, 2.0]) * (me.rank + 1)
+if me.rank == 0:
+    other.grad = torch.ones(3)  # the other process has none
+average_gradients([weight, other])
+assert weight.grad.tolist() == [1.5, 3.0] and other.grad.tolist() == [0.5] * 3
+assert mean_scalars({"a": me.rank, "b": torch.tensor(3.0)}, me.device) == {"a": 0.5, "b": 3.0}
+assert any_process(me.rank == 1, me.device) and not any_process(False, me.device)
+barrier()
+stop()
+print(me.rank, me.world_size, me.is_main)
+"""
+
+
+def test_two_processes_agree_on_weights_gradients_and_numbers():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment | {"RANK": rank}, cwd=Path(__file__).parents[2],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [output for output, _ in outputs] == ["0 2 True\n", "1 2 False\n"], outputs
+
+
+def test_one_process_alone_leaves_everything_as_it_is(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    me = start("cpu")
+    assert me == (0, 1, torch.device("cpu"), True)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    broadcast([parameter])
+    average_gradients([parameter])
+    barrier()
+    stop()
+    assert parameter.grad is None
+    assert mean_scalars({"a": 1, "b": torch.tensor(2.5, requires_grad=True)}, me.device) == {"a": 1.0, "b": 2.5}
+    assert mean_scalars({}, me.device) == {}
+    assert any_process(True, me.device) and not any_process(False, me.device)
+
+
+def test_sigterm_is_a_wish_inside_and_what_it_was_outside():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stopping:
+        assert not stopping.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.requested
+    assert signal.getsignal(signal.SIGTERM) == before
