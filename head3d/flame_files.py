@@ -24,12 +24,14 @@ COEFFICIENTS = SHAPE_SIZE + EXPRESSION_SIZE
 JOINTS = 5
 PARENTS = (0, 1, 1, 1)  # of neck, jaw, left eye, right eye
 MASK_FILE = "FLAME_masks.pkl"
-FLAME_MASKS = {"face": "mask_face", "lips": "mask_lips", "left_eyeball": "mask_left_eyeball", "right_eyeball": "mask_right_eyeball", "noinmouth": "mask_noinmouth"}  # fmt: skip
+FLAME_MASKS = {name: f"mask_{name}" for name in ("face", "lips", "left_eyeball", "right_eyeball", "noinmouth")}  # theirs: ours
 REQUIRED = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
-VERTEX_SETS = ("mask_face", "mask_lips", "mask_left_eyeball", "mask_right_eyeball", "mask_noinmouth", "mask_eyelids", "set_eyelids_idxs")  # fmt: skip
+VERTEX_SETS = (*FLAME_MASKS.values(), "mask_eyelids", "set_eyelids_idxs")
 SIMPLIFIED = ("simplified_idxs", "simplified_baris", "simplified_faces")
 LANDMARKS = ("landmark_faces", "landmark_barycentric")
 OPTIONAL = (*VERTEX_SETS, "ring", *SIMPLIFIED, *LANDMARKS)
+# What unpickling a damaged file raises; UnicodeError is a ValueError, IndexError and KeyError are LookupErrors.
+_DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 REMEDY = "use FLAME's generic_model.pkl or flame2023.pkl as downloaded, or an .npz with the same keys"
 
 
@@ -66,7 +68,7 @@ def read_pickle(path: Path) -> Any:
             return _RestrictedUnpickler(file, path).load()
     except AssetError:
         raise
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, UnicodeError, OverflowError, MemoryError) as error:  # fmt: skip
+    except _DAMAGE as error:
         raise AssetError(f"{path}: not a readable pickle ({type(error).__name__}: {error}); download the file again") from error
 
 
@@ -214,7 +216,8 @@ def check_arrays(arrays: Mapping[str, np.ndarray], where: str) -> dict[str, np.n
     result = {key: np.asarray(arrays[key]) for key in (*REQUIRED, *OPTIONAL) if key in arrays}
     for group in (SIMPLIFIED, LANDMARKS):
         if 0 < sum(key in result for key in group) < len(group):
-            raise AssetError(f"{where}: the keys {list(group)} belong together, got only {[k for k in group if k in result]}; give all or none")  # fmt: skip
+            present = [key for key in group if key in result]
+            raise AssetError(f"{where}: the keys {list(group)} belong together, got only {present}; give all or none")
 
     def fail(key: str, expected: str, got: object) -> None:
         raise AssetError(f"{where}: {key}: expected {expected}, got {got}; {REMEDY}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from head3d import mesh_regions
 from head3d.flame_files import check_arrays, read_head_file
-from head3d.labels import EXPRESSION_SIZE, SHAPE_SIZE, Motion
+from head3d.labels import SHAPE_SIZE, Motion
 from head3d.rotations import axis_angle_to_matrix
 
 SCENE_UNITS_PER_METRE = 3.0

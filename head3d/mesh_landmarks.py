@@ -12,11 +12,13 @@ import numpy as np
 
 # Units: distance between the eyeball centres, from the middle between them; x to the person's left, y up.
 # Right half only where the layout is symmetric; `_mirror` adds the left half.
-_JAW = [(-1.13, 0.05), (-1.12, -0.25), (-1.09, -0.55), (-1.03, -0.85), (-0.92, -1.12), (-0.75, -1.36), (-0.53, -1.55), (-0.28, -1.68), (0.0, -1.72)]  # fmt: skip
+_JAW_X = (-1.13, -1.12, -1.09, -1.03, -0.92, -0.75, -0.53, -0.28, 0.0)
+_JAW_Y = (0.05, -0.25, -0.55, -0.85, -1.12, -1.36, -1.55, -1.68, -1.72)
 _BROW = [(-0.92, 0.28), (-0.76, 0.41), (-0.57, 0.44), (-0.38, 0.41), (-0.2, 0.34)]
 _EYE = [(-0.24, -0.01), (-0.11, 0.09), (0.09, 0.09), (0.23, -0.02), (0.09, -0.08), (-0.1, -0.08)]  # around the right eyeball centre
 # Lips: x in half mouth widths, y in half lip heights, around the lips' centre.
-_OUTER_LIP = [(-1.0, 0.0), (-0.6, 0.5), (-0.22, 0.9), (0.0, 0.8), (0.22, 0.9), (0.6, 0.5), (1.0, 0.0), (0.6, -0.6), (0.25, -0.95), (0.0, -1.0), (-0.25, -0.95), (-0.6, -0.6)]  # fmt: skip
+_OUTER_LIP_X = (-1.0, -0.6, -0.22, 0.0, 0.22, 0.6, 1.0, 0.6, 0.25, 0.0, -0.25, -0.6)
+_OUTER_LIP_Y = (0.0, 0.5, 0.9, 0.8, 0.9, 0.5, 0.0, -0.6, -0.95, -1.0, -0.95, -0.6)
 _INNER_LIP = [(-0.85, 0.0), (-0.25, 0.25), (0.0, 0.22), (0.25, 0.25), (0.85, 0.0), (0.25, -0.3), (0.0, -0.33), (-0.25, -0.3)]
 
 
@@ -31,7 +33,7 @@ def frontal_layout(
     low, high = lips.min(0), lips.max(0)
     mouth, half = (low + high) / 2, (high - low) / 2
 
-    jaw = np.array(_JAW) * unit
+    jaw = np.stack([_JAW_X, _JAW_Y], 1) * unit
     jaw[:, 1] *= (mouth[1] - middle[1]) / (-1.05 * unit)  # long and short faces: the mouth of the layout is at -1.05
     jaw = middle + np.concatenate([jaw, _mirror(jaw[:-1])[::-1]])
     brows = np.array(_BROW) * unit
@@ -41,7 +43,7 @@ def frontal_layout(
     nostrils = nose_tip + np.array([(-0.24, -0.15), (-0.12, -0.19), (0.0, -0.22), (0.12, -0.19), (0.24, -0.15)]) * unit
     eye = np.array(_EYE) * unit
     eyes = np.concatenate([right_eye + eye, left_eye + _mirror(eye)[[3, 2, 1, 0, 5, 4]]])
-    lips_outer, lips_inner = mouth + np.array(_OUTER_LIP) * half, mouth + np.array(_INNER_LIP) * half
+    lips_outer, lips_inner = mouth + np.stack([_OUTER_LIP_X, _OUTER_LIP_Y], 1) * half, mouth + np.array(_INNER_LIP) * half
     return np.concatenate([jaw, brows, bridge, nostrils, eyes, lips_outer, lips_inner, right_eye[None], left_eye[None]])
 
 
@@ -63,7 +65,8 @@ def place_landmarks(
         for point in part:
             p = layout[point]
             flat = np.array([p[0], p[1], 0.0])
-            bary = np.stack([_cross(b - flat, c - flat), _cross(c - flat, a - flat), _cross(a - flat, b - flat)], 1) / safe[:, None]  # fmt: skip
+            opposite = [_cross(b - flat, c - flat), _cross(c - flat, a - flat), _cross(a - flat, b - flat)]
+            bary = np.stack(opposite, 1) / safe[:, None]
             hit = usable & (bary >= 0).all(1)
             if hit.any():
                 depth = (bary * np.stack([a[:, 2], b[:, 2], c[:, 2]], 1)).sum(1)

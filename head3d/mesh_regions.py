@@ -18,6 +18,7 @@ from head3d.mesh_landmarks import frontal_layout, place_landmarks
 from head3d.run.errors import AssetError
 
 SIMPLIFIED_VERTICES = 730  # as many as the published coarse mesh
+RING_LIMIT = 12  # columns of the neighbour table; FLAME needs 10
 LIP_REACH = 0.2  # geodesic distance from the mouth's rim that counts as lip, eye distances
 EYELID_REACH = 1.35  # distance from an eyeball's centre that counts as eyelid, eyeball radii
 FACE_LOW = np.array([-1.15, -1.95, -0.6])  # the face region, eye distances from the middle between the eyes
@@ -29,7 +30,7 @@ class MeshAnalysis:
     """Everything that follows from the arrays of a head model; ids are int64."""
 
     regions: dict[str, np.ndarray]  # sorted vertex ids by the names of head_model.Regions
-    ring: np.ndarray  # [N, K] the vertex itself, its edge neighbours ascending, padded with N
+    ring: np.ndarray  # [N, K] the vertex itself, its edge neighbours, padded with N
     mouth_cap: np.ndarray  # [c, 3] faces that close the inner rim of the lips
     simplified_indices: np.ndarray  # [n, 3]
     simplified_barycentric: np.ndarray  # [n, 3]
@@ -77,15 +78,17 @@ def edge_matrix(vertices: np.ndarray, faces: np.ndarray) -> csr_matrix:
 
 
 def ring_table(edges: csr_matrix) -> np.ndarray:
-    """[N, K]: every vertex, then its neighbours in ascending order, padded with N; K is the largest count."""
-    count = edges.shape[0]
-    edges.sort_indices()
-    degrees = np.diff(edges.indptr)
-    table = np.full((count, 1 + int(degrees.max())), count, np.int64)
+    """[N, K]: every vertex, then its neighbours from near to far, padded with N.
+
+    K is the largest count, but at most `RING_LIMIT`: of a pole where dozens of edges meet, only the nearest neighbours are kept.
+    """
+    count, row = edges.shape[0], np.repeat(np.arange(edges.shape[0]), np.diff(edges.indptr))
+    neighbours = edges.indices[np.lexsort((edges.indices, edges.data, row))]
+    place = 1 + np.arange(len(row)) - edges.indptr[row]
+    table = np.full((count, 1 + int(place.max(initial=0))), count, np.int64)
     table[:, 0] = np.arange(count)
-    row = np.repeat(np.arange(count), degrees)
-    table[row, 1 + np.arange(len(row)) - edges.indptr[row]] = edges.indices
-    return table
+    table[row, place] = neighbours
+    return table[:, :RING_LIMIT]
 
 
 def faces_within(faces: np.ndarray, vertex_ids: np.ndarray, count: int) -> np.ndarray:

@@ -88,7 +88,8 @@ def nearest_by_voxels(points: Tensor, vertices: Tensor, voxels_per_side: int = V
     start = 0
     for stop in stops:
         point = torch.repeat_interleave(torch.arange(start, stop, device=device), pairs[start:stop])
-        offset = torch.arange(len(point), device=device) - (ends[start:stop] - pairs[start:stop] - ends[start] + pairs[start])[point - start]
+        begins = ends[start:stop] - pairs[start:stop]
+        offset = torch.arange(len(point), device=device) - (begins - begins[0])[point - start]
         vertex = candidate[first[voxel[point]] + offset]
         distance = (points[point] - vertices[vertex]).square().sum(-1)
         keys.scatter_reduce_(0, point, (distance.view(torch.int32).long() << 32) | vertex, "amin")

@@ -210,7 +210,7 @@ def part_masks(
 
     Default: one visibility test. The lips' inner rim is closed by a cap (`head.mouth_cap`) in place of whatever lies behind it;
     a pixel is mouth if the cap is nearest, eye if an eyeball face is, head if anything is hit. Neck opening and silhouette
-    therefore never count as mouth, and a nose or hand of the mesh in front hides the eye.
+    therefore never count as mouth, and a nose in front hides the eye.
 
     published=True: the released rule (portrait4d, section 1): eye = eyeball faces, culled, where no face-region skin is drawn;
     head = silhouette of the simplified mesh; mouth = head where the culled mesh without inner mouth is not drawn.
@@ -225,18 +225,24 @@ def part_masks(
         outline = drawn(head.simplified.faces, head.simplified.apply(posed_vertices), cull=False)
         mouth = outline & ~drawn(head.faces_within(head.regions.without_inner_mouth))
     else:
-        outside = head.faces_within(head.regions.without_inner_mouth)
-        faces = torch.cat([outside, head.mouth_cap])
-        kind = torch.zeros(len(faces) + 1, dtype=torch.uint8, device=faces.device)  # last entry: nothing hit (-1)
-        kind[: len(outside)] = 1
-        kind[: len(outside)][torch.isin(outside[:, 0], head.regions.eyeballs)] = 2
-        kind[len(outside) : -1] = 3
-        seen = kind[rasterize(posed_vertices, faces, camera, size).face_ids]
+        outside, cap = head.faces_within(head.regions.without_inner_mouth), head.mouth_cap
+        kind = torch.ones(len(posed_vertices), len(outside) + len(cap) + 1, dtype=torch.uint8, device=outside.device)
+        kind[:, : len(outside)][:, torch.isin(outside[:, 0], head.regions.eyeballs)] = 2
+        kind[:, len(outside) : -1][_facing(posed_vertices[:, cap], camera)] = 3  # from inside, through the neck, a cap is no mouth
+        kind[:, -1] = 0  # where nothing is hit (face id -1)
+        face_ids = rasterize(posed_vertices, torch.cat([outside, cap]), camera, size).face_ids
+        seen = kind.gather(1, (face_ids % kind.shape[1]).flatten(1)).view_as(face_ids)
         eye, mouth, outline = seen == 2, seen == 3, seen > 0
     masks = torch.stack([eye, mouth, outline], dim=1).to(posed_vertices.dtype)
     if resolution != size:
         masks = F.interpolate(masks, (resolution, resolution), mode="bilinear", align_corners=False, antialias=True)
     return PartMasks(*masks.clamp(0, 1).split(1, dim=1))
+
+
+def _facing(triangles: Tensor, camera: Camera) -> Tensor:
+    """Whether triangles [B, F, 3, 3] (world) turn their outside to the camera, [B, F]."""
+    a, b, c = triangles.unbind(2)
+    return (torch.linalg.cross(b - a, c - a) * (camera.c2w[:, None, :3, 3] - a)).sum(-1) > 0
 
 
 @torch.no_grad()
