@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from head3d.procedural import sculpt
-from head3d.procedural.assembly import Assembly
+from head3d.procedural.assembly import Assembly, smooth
 from head3d.procedural.sculpt import bell, smoothstep
 
 BLINK_CLOSES_AT = 2.5  # value of blink_left or blink_right at which the lids of the neutral head meet
@@ -43,20 +43,20 @@ def shape_brushes(p: np.ndarray) -> dict[str, np.ndarray]:
         "head_width": _vector(above_neck, 0.034 * x, 0.0, 0.0),
         "head_height": _vector(one, 0.0, np.interp(y, [30, 70, 150], [0.0, 1.4, 5.0]), 0.0),
         "face_length": _vector(one, 0.0, np.interp(y, [-172, -110, -80, 20, 60], [0.0, -3.0, -4.2, 0.0, 0.0]), 0.0),
-        "nose_length": _vector(brush(p, (0, -2, 106), (13, 15, 15)), 0.0, -0.9, 2.4),
+        "nose_length": _vector(brush(p, (0, -2, 106), (13, 15, 15)), 0.0, -1.2, 2.6),
         "nose_width": _vector(brush(p, (0, -4, 98), (17, 12, 15)), 0.15 * x, 0.0, 0.0),
         "jaw_width": _vector(bell(y + 44.0, 36.0) * smoothstep(z, -35.0, 15.0), 0.075 * x, 0.0, 0.0),
-        "chin": _vector(brush(p, (0, -64, 86), (20, 15, 22)), 0.0, -1.6, 2.8),
-        "brow": _vector(brush(p, (24, 55, 84), (19, 8, 14), both_sides=True), 0.0, -0.4, 1.8),
-        "eye_spacing": _vector(brush(p, (31, 34, 78), (18, 24, 30), both_sides=True), 1.5 * side, 0.0, 0.0),
-        "eye_size": 0.035 * big_eyes,
-        "lip_thickness": _vector(lips, 0.0, 1.0 * slit, 0.8),
+        "chin": _vector(brush(p, (0, -64, 86), (20, 15, 22)), 0.0, -1.8, 3.6),
+        "brow": _vector(brush(p, (24, 55, 84), (19, 8, 14), both_sides=True), 0.0, -0.6, 2.0),
+        "eye_spacing": _vector(brush(p, (31, 34, 78), (18, 24, 30), both_sides=True), 1.8 * side, 0.0, 0.0),
+        "eye_size": 0.05 * big_eyes,
+        "lip_thickness": _vector(lips, 0.0, 1.4 * slit, 1.0),
         "mouth_width": _vector(brush(p, (0, -33, 90), (26, 15, 24)), 0.075 * x, 0.0, -0.6 * bell(np.abs(x) - 25.0, 9.0)),
-        "cheek_bones": _vector(brush(p, (47, 10, 60), (15, 15, 20), both_sides=True), 1.5 * side, 0.0, 1.3),
-        "forehead": _vector(brush(p, (0, 98, 66), (45, 28, 40)), 0.0, 0.0, 2.6),
-        "nose_bridge": _vector(brush(p, (0, 25, 96), (9, 13, 14)), 0.0, 0.0, 1.7),
-        "cheek_flesh": _vector(brush(p, (40, -22, 58), (17, 20, 22), both_sides=True), 1.9 * side, 0.0, 1.0),
-        "ear_size": ear[:, None] * ((p - np.stack([74.0 * np.sign(x), 0 * y + 20.0, 0 * z - 4.0], 1)) * 0.055),
+        "cheek_bones": _vector(brush(p, (47, 10, 60), (15, 15, 20), both_sides=True), 2.0 * side, 0.0, 1.8),
+        "forehead": _vector(brush(p, (0, 98, 66), (45, 28, 40)), 0.0, 0.0, 3.4),
+        "nose_bridge": _vector(brush(p, (0, 25, 96), (9, 13, 14)), 0.0, 0.0, 2.2),
+        "cheek_flesh": _vector(brush(p, (40, -22, 58), (17, 20, 22), both_sides=True), 2.6 * side, 0.0, 1.3),
+        "ear_size": ear[:, None] * ((p - np.stack([74.0 * np.sign(x), 0 * y + 20.0, 0 * z - 4.0], 1)) * 0.075),
         "neck_width": _vector(smoothstep(y, -45.0, -95.0) * smoothstep(y, -172.0, -140.0), 0.05 * x, 0.0, 0.05 * (z + 17.0)),
     }
 
@@ -107,12 +107,15 @@ def blink(p: np.ndarray, assembly: Assembly, eye: int, upper: float = 1.0) -> np
     share_top = np.clip(1.0 - (angle - angle_top) / fold_top, 0.0, 1.0) ** 1.5
     share_bottom = np.clip(1.0 - (angle_bottom - angle) / fold_bottom, 0.0, 1.0) ** 1.5
     turn = np.where(is_upper, upper * np.minimum(share_top, 1.0) * (meet - angle_top), np.minimum(share_bottom, 1.0) * (meet - angle_bottom))
-    turn *= smoothstep(np.linalg.norm(q, axis=1), 22.0, 15.5) * (q[:, 2] > -2.0)
+    turn *= smoothstep(np.linalg.norm(q, axis=1), 23.0, 17.0) * (q[:, 2] > -2.0)
     turned = np.stack([q[:, 0], radius * np.sin(angle + turn), radius * np.cos(angle + turn)], 1)
     moved = np.zeros(len(p), bool)
     moved[: len(assembly.skin.points)] = True
     moved[assembly.lid_rims_right if eye else assembly.lid_rims_left] = True
-    return np.where(moved[:, None], (turned - q) * mirror, 0.0) / BLINK_CLOSES_AT
+    offset = np.where(moved[:, None], (turned - q) * mirror, 0.0)
+    loose = smoothstep(np.where(is_upper, share_top, share_bottom), 0.6, 0.3)[:, None]  # the skin of the fold gives way evenly
+    even = np.stack([smooth(axis, assembly.faces, rounds=4) for axis in offset.T], axis=1)
+    return np.where(moved[:, None], offset + loose * (even - offset), 0.0) / BLINK_CLOSES_AT
 
 
 def _near_eyes(p: np.ndarray, low: float, high: float) -> list[np.ndarray]:
@@ -149,7 +152,7 @@ def _orthogonal_to(named: np.ndarray, extra: np.ndarray) -> np.ndarray:
     rest = extra - named @ np.linalg.lstsq(named.T @ named, named.T @ extra, rcond=None)[0]
     rest /= np.linalg.norm(rest, axis=0)
     factor = np.linalg.cholesky(rest.T @ rest + 1e-9 * np.eye(rest.shape[1]))
-    return np.linalg.solve(factor, rest.T).T
+    return rest @ np.linalg.inv(factor).T
 
 
 def _complete(named: dict[str, np.ndarray], extra: np.ndarray, strength_mm: np.ndarray) -> np.ndarray:

@@ -40,17 +40,20 @@ def bell(x: np.ndarray, width: float) -> np.ndarray:
     return np.exp(-((x / width) ** 2))
 
 
+def _length(q: np.ndarray) -> np.ndarray:
+    return np.sqrt(q[:, 0] ** 2 + q[:, 1] ** 2 + q[:, 2] ** 2)
+
+
 def ellipsoid(p: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:
     q = (p - np.array(centre)) / np.array(radii)
-    a = np.linalg.norm(q, axis=-1)
-    b = np.linalg.norm(q / np.array(radii), axis=-1) + 1e-9
+    a, b = _length(q), _length(q / np.array(radii)) + 1e-9
     return a * (a - 1.0) / b
 
 
 def capsule(p: np.ndarray, a: tuple, b: tuple, radius_a: float, radius_b: float) -> np.ndarray:
     start, axis = np.array(a, float), np.array(b, float) - np.array(a, float)
     t = np.clip(((p - start) @ axis) / (axis @ axis), 0.0, 1.0)
-    return np.linalg.norm(p - start - t[..., None] * axis, axis=-1) - (radius_a + t * (radius_b - radius_a))
+    return _length(p - start - t[:, None] * axis) - (radius_a + t * (radius_b - radius_a))
 
 
 def slit_height(x: np.ndarray) -> np.ndarray:
@@ -97,8 +100,8 @@ def _face_relief(p: np.ndarray) -> np.ndarray:
 
 def _skull_and_flesh(p: np.ndarray, a: np.ndarray) -> np.ndarray:
     """Cranium, face, jaw and neck without eyes, nose and lips; `a` is p with |x|."""
-    d = ellipsoid(p, (0, 70, -26), (74.5, 73, 76))  # back of the cranium
-    d = smooth_min(d, ellipsoid(p, (0, 68, 16), (64, 76, 73)), 30.0)  # forehead
+    d = ellipsoid(p, (0, 62, -28), (74.5, 77, 74))  # back of the cranium
+    d = smooth_min(d, ellipsoid(p, (0, 66, 16), (64, 77, 73)), 30.0)  # forehead
     d = smooth_min(d, ellipsoid(p, (0, 4, 28), (57, 76, 58)), 26.0)  # mid face
     d = smooth_min(d, ellipsoid(a, (43, 15, 52), (20, 12, 22)), 20.0)  # cheek bone
     d = smooth_min(d, capsule(a, (51, 14, 6), (43, -34, 11), 13, 9), 22.0)  # ramus of the jaw
@@ -126,16 +129,16 @@ def signed_distance(p: np.ndarray) -> np.ndarray:
     """Approximate signed distance [N] in mm of points [N, 3] to the outer surface, negative inside."""
     a = np.stack([np.sqrt(p[:, 0] ** 2 + 0.25), p[:, 1], p[:, 2]], axis=1)
     d = _skull_and_flesh(p, a)
-    d = smooth_min(d, capsule(a, (10, 54, 82), (29, 57, 80), 8.5, 7.5), 12.0)  # brow ridge
-    d = smooth_min(d, capsule(a, (29, 57, 79), (46, 49, 60), 7.0, 5.0), 14.0)
+    d = smooth_min(d, capsule(a, (10, 54, 81.5), (29, 57, 79), 8.0, 7.0), 13.0)  # brow ridge
+    d = smooth_min(d, capsule(a, (29, 57, 78.5), (46, 49, 60), 6.5, 5.0), 14.0)
     d = smooth_max(d, -ellipsoid(a, (31, 37, 96), (17.5, 11.5, 18)), 14.0)  # eye socket
     d = smooth_min(d, _nose(p, a), 8.0)
-    lids = np.linalg.norm((a - EYE) * np.array([0.93, 1.0, 1.0]), axis=1) - LID_RADIUS
+    lids = _length((a - EYE) * np.array([0.93, 1.0, 1.0])) - LID_RADIUS
     d = smooth_min(d, lids, 5.0)
     d = smooth_max(d, -ellipsoid(a, (6.6, -10.0, 101.5), (3.4, 4.6, 5.6)), 2.5)  # nostril
     front = smoothstep(p[:, 2], 45.0, 65.0)
     crease = np.hypot(a[:, 0] - EYE[0], 1.25 * (p[:, 1] - EYE[1] + 1.0))
-    fold = 0.9 * bell(crease - 13.2, 1.7) * smoothstep(p[:, 1], EYE[1] + 3.0, EYE[1] + 8.0)
+    fold = 0.8 * bell(crease - 13.4, 2.0) * smoothstep(p[:, 1], EYE[1] + 3.0, EYE[1] + 8.0)
     return d - front * (_lips(p) + _face_relief(p) - fold)
 
 
@@ -157,7 +160,7 @@ def _rays(directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return origins, rays
 
 
-def cast(directions: np.ndarray, steps: int = 60) -> np.ndarray:
+def cast(directions: np.ndarray, steps: int = 48) -> np.ndarray:
     """Outermost surface points [N, 3] of unit chart directions [N, 3] (sphere tracing inward, then bisection)."""
     origins, rays = _rays(directions)
     radius = np.full(len(directions), 180.0)

@@ -16,6 +16,7 @@ from scipy.spatial import ConvexHull, cKDTree
 from head3d.procedural import sculpt
 
 EYE_LOOP = 30  # vertices around each lid margin
+LID_ROWS = (1.7, 3.6, 5.7, 8.0)  # distances in mm of the vertex rows that follow the margin
 MOUTH_COLUMNS = 21  # vertices of one lip from corner to corner, both corners counted
 EAR_SPOKES = 28
 EAR_RINGS = 11  # the last one lies on the head
@@ -99,7 +100,7 @@ def _fibonacci(count: int) -> np.ndarray:
 
 def _midline() -> np.ndarray:
     """Directions [M, 3] of the midline x = 0, spaced as `spacing` asks."""
-    angle = np.linspace(sculpt.NECK_TO, np.pi - sculpt.NECK_TO, 1500)
+    angle = np.linspace(sculpt.NECK_TO, np.pi - sculpt.NECK_TO, 700)
     directions = np.stack([np.zeros_like(angle), np.sin(angle), np.cos(angle)], axis=1)
     points = sculpt.cast(directions, steps=40)
     step = np.linalg.norm(np.diff(points, axis=0), axis=1) / spacing(0.5 * (points[1:] + points[:-1]))
@@ -109,14 +110,18 @@ def _midline() -> np.ndarray:
     return np.stack([np.zeros_like(at), np.sin(at), np.cos(at)], axis=1)
 
 
-def _inside_lids(points: np.ndarray) -> np.ndarray:
-    """Which surface points [N, 3] lie in the left eye's opening, seen from the front."""
-    contour = lid_contour(0.0) - sculpt.EYE
+def _in_rows(points: np.ndarray) -> np.ndarray:
+    """Which surface points [N, 3] of the half x >= 0 the rows around the eye and of the lips already cover, seen from the front."""
+    contour = lid_contour(LID_ROWS[-1]) - sculpt.EYE
     offset = points - sculpt.EYE
     angle = np.arctan2(contour[:, 1], contour[:, 0])
     order = np.argsort(angle)
     edge = np.interp(np.arctan2(offset[:, 1], offset[:, 0]), angle[order], np.hypot(contour[order, 0], contour[order, 1]), period=2 * np.pi)
-    return (points[:, 2] > sculpt.EYE[2]) & (np.hypot(offset[:, 0], offset[:, 1]) < edge)
+    eye = (offset[:, 2] > 0.0) & (np.hypot(offset[:, 0], offset[:, 1]) < edge)
+    upper, lower = sculpt.lip_heights(points[:, 0])
+    above = points[:, 1] - sculpt.slit_height(points[:, 0])
+    mouth = (points[:, 2] > 70.0) & (points[:, 0] < sculpt.MOUTH_HALF_WIDTH) & (above < upper + 1.5) & (above > -lower - 1.5)
+    return eye | mouth
 
 
 def _fill(fixed: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -131,7 +136,7 @@ def _fill(fixed: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     pool = pool[generator.permutation(len(pool))]
     points, held = sculpt.cast(pool, steps=22), sculpt.cast(fixed, steps=30)
     wanted = spacing(points)
-    alive = (points[:, 0] > 0.45 * wanted) & ~_inside_lids(points) & (cKDTree(fixed).query(pool)[0] > 0.019)
+    alive = (points[:, 0] > 0.45 * wanted) & ~_in_rows(points) & (cKDTree(fixed).query(pool)[0] > 0.019)
     tree = cKDTree(points)
     for near, radius in zip(tree.query_ball_point(held, 0.8 * spacing(held)), held, strict=True):
         alive[near] = False
@@ -192,7 +197,7 @@ def build_skin() -> Skin:
     towards = sculpt.towards
     groups = [neck, towards(lid_contour(0.0)), towards(rows[0]), towards(rows[1]), towards(_ear_footprint())]
     starts = np.cumsum([0] + [len(g) for g in groups])
-    soft = [towards(lid_contour(1.8)), towards(lid_contour(4.0))] + [towards(row[:-1]) for row in rows[2:]] + [_midline()]
+    soft = [towards(lid_contour(grow)) for grow in LID_ROWS] + [towards(row[:-1]) for row in rows[2:]] + [_midline()]
     half = np.concatenate(groups)
     half[np.abs(half[:, 0]) < 1e-6, 0] = 0.0
     for extra in soft:  # later lines give way to earlier ones
@@ -230,4 +235,8 @@ def build_skin() -> Skin:
     for row, place in zip((upper, lower), closed, strict=True):
         directions[row] = towards(place)
         directions[mirror[row]] = towards(place * [-1.0, 1.0, 1.0])
-    return Skin(sculpt.cast(directions), faces, mirror, ids[1], mirror[ids[1]], mouth, ear, mirror[ear], neck_loop)
+    points = np.empty_like(directions)
+    points[: len(half)] = sculpt.cast(directions[: len(half)])
+    points[mirror[: len(half)]] = points[: len(half)] * [-1.0, 1.0, 1.0]
+    points[: len(half), 0] = np.where(half[:, 0] > 1e-7, points[: len(half), 0], 0.0)
+    return Skin(points, faces, mirror, ids[1], mirror[ids[1]], mouth, ear, mirror[ear], neck_loop)
