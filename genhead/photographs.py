@@ -48,23 +48,31 @@ def check_folder(folder: Path, resolution: int) -> list[Photograph]:
     photographs: list[Photograph] = []
     for image in files:
         if photographs and photographs[-1].image.stem == image.stem:
-            raise DataError(f"{image}: expected one picture per name, but {photographs[-1].image.name} has the same; rename one with its label")
+            raise DataError(
+                f"{image}: expected one picture per name, but {photographs[-1].image.name} has the same; rename one with its label"
+            )
         matte = folder / f"{image.stem}_matte.png"
         photographs.append(Photograph(image, matte if matte.exists() else None, read_label(image.with_suffix(".npy"), image)))
         side = _check_picture(image, ("RGB",), resolution)
         if matte.exists() and _check_picture(matte, ("L", "RGB"), resolution) != side:
-            raise DataError(f"{matte}: expected the size of {image.name}, {side} x {side}, got another; export the matte at the picture's size")
+            raise DataError(
+                f"{matte}: expected the size of {image.name}, {side} x {side}, got another; export the matte at the picture's size"
+            )
     return photographs
 
 
 def read_label(path: Path, image: Path) -> np.ndarray:
     """The checked label float32 [437] in `path`, which belongs to the picture `image`."""
     if not path.exists():
-        raise DataError(f"{path}: expected the label of {image.name} (437 numbers, numpy.save), but there is no such file; fit one or remove the picture")
+        raise DataError(
+            f"{path}: expected the label of {image.name} (437 numbers), but there is no such file; fit one or remove the picture"
+        )
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: expected a .npy file of 437 numbers, but it cannot be read ({error}); write it with numpy.save") from error
+        raise DataError(
+            f"{path}: expected a .npy file of 437 numbers, but it cannot be read ({error}); write it with numpy.save"
+        ) from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: expected a .npy file of 437 numbers, got an archive of several arrays; write one array with numpy.save")
     label = check_label(array, str(path))
@@ -73,12 +81,16 @@ def read_label(path: Path, image: Path) -> np.ndarray:
     for name, limit in _LIMITS:
         largest = float(values[name].abs().max())
         if largest > limit:
-            raise DataError(f"{path}: expected |{name}| <= {limit} (standard deviations or radians), got {largest:.4g}; check the order and the unit of the numbers")
+            raise DataError(
+                f"{path}: expected |{name}| <= {limit} (standard deviations or radians), got {largest:.4g}; "
+                "check the order and the unit of the numbers"
+            )
     uv, depth = project(torch.zeros(1, 1, 3), parts.camera)
     if not (float(depth) > 0 and bool(((uv >= 0) & (uv <= 1)).all())):
         raise DataError(
             f"{path}: expected the neck joint (the origin) in front of the camera and inside the picture, got depth {float(depth):.3g} at "
-            f"({float(uv[0, 0, 0]):.3g}, {float(uv[0, 0, 1]):.3g}) of the picture; the camera must be camera-to-world, look down -z, and be in FLAME metres x 3"
+            f"({float(uv[0, 0, 0]):.3g}, {float(uv[0, 0, 1]):.3g}) of the picture; "
+            "the camera must be camera-to-world, look down -z, and be in FLAME metres x 3"
         )
     return label
 
@@ -87,13 +99,19 @@ def _check_picture(path: Path, modes: Sequence[str], resolution: int) -> int:
     """The side of a square picture of one of `modes`, decoded once in full so that a cut-off file is found now."""
     picture = _open(path)
     if picture.mode not in modes:
-        raise DataError(f"{path}: expected {' or '.join(modes)} with 8 bits a channel, got {picture.mode}; convert it (an alpha channel belongs in NAME_matte.png)")
+        raise DataError(
+            f"{path}: expected {' or '.join(modes)} with 8 bits a channel, got {picture.mode}; "
+            "convert it (an alpha channel belongs in NAME_matte.png)"
+        )
     if picture.getexif().get(_ORIENTATION, 1) != 1:
         raise DataError(f"{path}: expected upright pixels, but the EXIF orientation turns them; save it turned and fit the label to that")
     if picture.width != picture.height:
         raise DataError(f"{path}: expected a square picture, got {picture.width} x {picture.height}; crop it as its label's camera sees it")
     if picture.width < resolution:
-        raise DataError(f"{path}: expected at least {resolution} x {resolution} pixels, got {picture.width} x {picture.height}; use a larger picture or a smaller --resolution")
+        raise DataError(
+            f"{path}: expected at least {resolution} x {resolution} pixels, got {picture.width} x {picture.height}; "
+            "use a larger picture or a smaller --resolution"
+        )
     return picture.width
 
 
@@ -103,7 +121,9 @@ def _open(path: Path) -> Image.Image:
             picture.load()
             return picture
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
-        raise DataError(f"{path}: expected a PNG or JPEG picture, but it cannot be decoded ({error}); export it again or remove it") from error
+        raise DataError(
+            f"{path}: expected a PNG or JPEG picture, but it cannot be decoded ({error}); export it again or remove it"
+        ) from error
 
 
 def fingerprint(folder: Path) -> str:

@@ -66,7 +66,9 @@ def encode_portrait(portrait: Portrait, image_format: ImageFormat = "jpeg", has_
     assert label.shape == (LABEL_SIZE,), f"label must be [{LABEL_SIZE}], got {label.shape}"
     match image_format:
         case "jpeg":
-            encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=95, colorspace="RGB", colorsubsampling="444", fastdct=False)
+            encoded = simplejpeg.encode_jpeg(
+                np.ascontiguousarray(image), quality=95, colorspace="RGB", colorsubsampling="444", fastdct=False
+            )
         case "png":
             encoded = _encode_png(image)
         case _:
@@ -91,7 +93,9 @@ def decode_portrait(value: bytes | memoryview, where: str) -> Portrait:
 def _read_header(value: bytes | memoryview, where: str) -> tuple[int, int, int]:
     """(flags, image bytes, matte bytes)."""
     if len(value) < _HEADER.size + _LABEL_BYTES or bytes(value[:4]) != _MAGIC:
-        raise DataError(f"{where}: expected an entry that begins with {_MAGIC!r}, got {bytes(value[:4])!r}; delete the record and make it again")
+        raise DataError(
+            f"{where}: expected an entry that begins with {_MAGIC!r}, got {bytes(value[:4])!r}; delete the record and make it again"
+        )
     return _HEADER.unpack_from(value)[1:4]
 
 
@@ -132,7 +136,13 @@ class PortraitWriter:
             self._transaction = self._environment.begin(write=True)
 
     def finish(self, metadata: dict) -> None:
-        entry = {"schema": SCHEMA, "version": VERSION, "count": self.count, "resolution": self._resolution, "without_matte": self.without_matte}
+        entry = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "count": self.count,
+            "resolution": self._resolution,
+            "without_matte": self.without_matte,
+        }
         self._transaction.put(b"metadata", json.dumps(entry | metadata, sort_keys=True).encode())
         self._transaction.commit()
 
@@ -147,18 +157,24 @@ def create_record(path: Path, resolution: int, expected_count: int, metadata: di
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(f"{path}: expected a new or empty folder for the portraits, but something is there; choose another --out or delete it")
+        raise DataError(
+            f"{path}: expected a new or empty folder for the portraits, but something is there; choose another --out or delete it"
+        )
     for left_over in path.parent.glob(f"{TEMPORARY_PREFIX}*-{path.name}"):
         shutil.rmtree(left_over)
     try:
-        with atomic_folder(path) as partial:
-            with lmdb.open(str(partial), map_size=_map_size(resolution, expected_count), lock=False, sync=False) as environment:
-                writer = PortraitWriter(environment, resolution, partial)
-                yield writer
-                writer.finish(metadata)
-                environment.sync(True)
+        with (
+            atomic_folder(path) as partial,
+            lmdb.open(str(partial), map_size=_map_size(resolution, expected_count), lock=False, sync=False) as environment,
+        ):
+            writer = PortraitWriter(environment, resolution, partial)
+            yield writer
+            writer.finish(metadata)
+            environment.sync(True)
     except lmdb.Error as error:
-        raise DataError(f"{path}: could not write the portraits ({error}); nothing was kept, free some space or choose another --out") from error
+        raise DataError(
+            f"{path}: could not write the portraits ({error}); nothing was kept, free some space or choose another --out"
+        ) from error
 
 
 def _map_size(resolution: int, count: int) -> int:
@@ -166,7 +182,9 @@ def _map_size(resolution: int, count: int) -> int:
     return (count + 1) * (5 * resolution * resolution + 16_384) + (64 << 20)
 
 
-def write_portraits(path: Path, portraits: Iterable[Portrait], resolution: int, expected_count: int, metadata: dict, image_format: ImageFormat = "jpeg") -> None:
+def write_portraits(
+    path: Path, portraits: Iterable[Portrait], resolution: int, expected_count: int, metadata: dict, image_format: ImageFormat = "jpeg"
+) -> None:
     """Write portraits that are already in memory or drawn one by one (see `create_record`)."""
     with create_record(path, resolution, expected_count, metadata) as writer:
         for portrait in portraits:
@@ -194,7 +212,10 @@ class PortraitSet:
         self._labels: np.ndarray | None = None
         self._has_matte: np.ndarray | None = None
         if not (self.path / "data.mdb").is_file():
-            raise DataError(f"{self.path}: expected a portraits record (a folder with data.mdb), found none; make one with `headfoundry portraits --out {self.path}`")
+            raise DataError(
+                f"{self.path}: expected a portraits record (a folder with data.mdb), found none; "
+                f"make one with `headfoundry portraits --out {self.path}`"
+            )
         with self._open().begin() as transaction:
             entry = transaction.get(b"metadata")
         if entry is None:
@@ -202,7 +223,8 @@ class PortraitSet:
         self.metadata: dict = json.loads(entry)
         if (self.metadata.get("schema"), self.metadata.get("version")) != (SCHEMA, VERSION):
             raise DataError(
-                f"{self.path}: expected schema {SCHEMA} version {VERSION}, got {self.metadata.get('schema')} version {self.metadata.get('version')}; "
+                f"{self.path}: expected schema {SCHEMA} version {VERSION}, got {self.metadata.get('schema')} version "
+                f"{self.metadata.get('version')}; "
                 "make the portraits again with this program"
             )
 
@@ -258,13 +280,18 @@ class PortraitSet:
                 try:
                     self._environment = _environments[key] = lmdb.open(str(self.path), readonly=True, lock=False, readahead=False)
                 except lmdb.Error as error:
-                    raise DataError(f"{self.path}/data.mdb: expected an LMDB file, but it does not open ({error}); delete the folder and make it again") from error
+                    raise DataError(
+                        f"{self.path}/data.mdb: expected an LMDB file, but it does not open ({error}); delete the folder and make it again"
+                    ) from error
         return self._environment
 
     def _entry(self, transaction: lmdb.Transaction, index: int) -> memoryview:
         value = transaction.get(b"%08d" % index)
         if value is None:
-            raise DataError(f"{self.path}: the metadata promises {len(self)} portraits, but number {index} is missing; delete the folder and make it again")
+            raise DataError(
+                f"{self.path}: the metadata promises {len(self)} portraits, but number {index} is missing; "
+                f"delete the folder and make it again"
+            )
         return value
 
     def _read_labels(self) -> None:

@@ -1,26 +1,30 @@
 """The studio: textured, lit portraits of random people made from the built-in head, each with matte and label.
 
 One portrait = one identity, one motion, one camera. The mesh of the head and of what the person wears is rasterised at
-`supersampling` times the resolution, painted and lit per visible point (studio_shading.py), then averaged over each pixel in
-linear light. Everything is a function of the generator that `portrait` is given.
+`supersampling` times the resolution, painted and lit per visible point (studio_paint.py, studio_shading.py), then averaged over
+each pixel in linear light. Everything is a function of the generator that `portrait` is given.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from genhead.portraits import Portrait
 from genhead.studio_background import draw_background
-from genhead.studio_meshes import MM_PER_UNIT, Mesh, SkullMap, clothing_meshes, glasses_meshes, hair_meshes, neckline
+from genhead.studio_clothing import clothing_meshes, glasses_meshes, neckline
+from genhead.studio_hair import SkullMap, hair_meshes
+from genhead.studio_meshes import HAIR, MM_PER_UNIT, SKIN, Mesh, cross, vertex_normals
+from genhead.studio_paint import FaceAtlas, Points
 from genhead.studio_people import Look, draw_label, draw_look
-from genhead.studio_shading import SKIN, FaceAtlas, Points, cross, shade, vertex_normals
+from genhead.studio_shading import shade
 from head3d.cameras import Camera, look_at
 from head3d.head_model import HeadModel
 from head3d.labels import HeadLabel, pack_label
-from head3d.procedural_head import EXPRESSIONS, build_procedural_head
+from head3d.procedural_head import build_procedural_head
 from head3d.rasterize import Raster, rasterize
 from head3d.run.config import Fraction, NonNegativeFloat, PositiveInt
 
@@ -36,6 +40,15 @@ class StudioConfig:
     wide_fraction: Fraction = 0.2  # portraits seen from anywhere within +-63 degrees; the others stay within +-34
     motion_scale: NonNegativeFloat = 1.0  # multiplies expression and jaw
     shadow_resolution: PositiveInt = 128  # pixels of the key lamp's shadow map
+
+
+class Scene(NamedTuple):
+    """One mesh of everything in front of the camera."""
+
+    vertices: np.ndarray  # [N, 3] mm; those of the head come first
+    faces: np.ndarray  # [F, 3]
+    materials: np.ndarray  # [F]
+    attributes: np.ndarray  # [N, 15] float32: paint coordinates 3, position 3, normal 3, extras 6 (see studio_paint.Points)
 
 
 class Studio:
@@ -57,7 +70,7 @@ class Studio:
 
     def portrait(self, generator: np.random.Generator, resolution: int) -> Portrait:
         """One random portrait of `resolution` pixels."""
-        label = draw_label(generator, EXPRESSIONS, self.config.wide_fraction, self.config.motion_scale)
+        label = draw_label(generator, self.config.wide_fraction, self.config.motion_scale)
         look = draw_look(generator)
         background = draw_background(resolution, generator)
         image, matte = self.picture(label, look, background)
@@ -73,16 +86,16 @@ class Studio:
         """(image uint8 [R, R, 3] sRGB, matte uint8 [R, R])."""
         resolution, factor = len(background), self.config.supersampling
         vertices = self.head.vertices(label.shape, label.motion)[0].numpy().astype(np.float64) * MM_PER_UNIT
-        vertices, faces, materials, attributes = self._assemble(vertices, look)
+        scene = self._assemble(vertices, look)
         eye = label.camera.c2w[0, :3, 3].numpy().astype(np.float64) * MM_PER_UNIT
-        raster = _draw(vertices, faces, label.camera, resolution * factor)
+        raster = _draw(scene.vertices, scene.faces, label.camera, resolution * factor)
         hit = raster.face_ids[0].numpy().ravel()
         seen = np.flatnonzero(hit >= 0)
         hit = hit[seen]
         weights = raster.barycentric[0].reshape(-1, 3)[seen].numpy()
-        values = np.einsum("mkc,mk->mc", attributes[faces[hit]], weights)
-        points = self._points(values, eye, self._lit(values[:, 3:6], values[:, 6:9], vertices, faces, look))
-        colours = shade(materials[hit], points, look, self.atlas)
+        values = np.einsum("mkc,mk->mc", scene.attributes[scene.faces[hit]], weights)
+        points = self._points(values, eye, self._lit(values[:, 3:6], values[:, 6:9], scene, look))
+        colours = shade(scene.materials[hit], points, look, self.atlas)
         canvas = np.zeros((resolution * factor * resolution * factor, 4), np.float32)
         canvas[seen, :3], canvas[seen, 3] = np.clip(colours, 0, 4), 1
         canvas = _tone(canvas).reshape(resolution, factor, resolution, factor, 4).mean((1, 3))
@@ -90,8 +103,8 @@ class Studio:
         picture = canvas[..., :3] + (1 - matte) * background
         return _to_srgb(picture), np.round(matte[..., 0] * 255).astype(np.uint8)
 
-    def _assemble(self, head_mm: np.ndarray, look: Look) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(vertices [N, 3] mm, faces [F, 3], materials [F], attributes [N, 15]: coordinates, position, normal, extras)."""
+    def _assemble(self, head_mm: np.ndarray, look: Look) -> Scene:
+        """The posed head [N, 3] with beard and clothing on it, and what the person wears, as one mesh."""
         atlas = self.atlas
         radii = self._skull.fit(head_mm)
         neck_scale = head_mm[self._neck_band, 0].max() / self._neck_half_width
@@ -111,14 +124,15 @@ class Studio:
         coordinates = np.concatenate([atlas.template, *(m.coordinates for m in meshes)])
         extras = np.concatenate([atlas.extras, *(np.pad(m.tangents, ((0, 0), (0, 3))) for m in meshes)])
         attributes = np.concatenate([coordinates, vertices, vertex_normals(vertices, faces), extras], axis=1).astype(np.float32)
-        return vertices, faces, materials, attributes
+        return Scene(vertices, faces, materials, attributes)
 
-    def _facing(self, vertices: np.ndarray, eye: np.ndarray, count: int) -> np.ndarray:
-        """Ids of the faces of the head that look towards `eye`, and of all other faces (sheets have two sides)."""
-        a, b, c = (vertices[self._faces[:, k]] for k in range(3))
-        normal = cross(b - a, c - a)
-        towards = np.einsum("fc,fc->f", normal, eye - a) > 0
-        return np.concatenate([np.flatnonzero(towards), np.arange(len(self._faces), count)])
+    def _casters(self, scene: Scene, lamp: np.ndarray) -> np.ndarray:
+        """Ids of the faces whose shadow is seen: the hair, and the skin that faces `lamp` (position [3], mm)."""
+        a, b, c = (scene.vertices[self._faces[:, k]] for k in range(3))
+        facing = np.einsum("fc,fc->f", cross(b - a, c - a), lamp - a) > 0
+        casts = scene.materials == HAIR
+        casts[: len(facing)] = facing & (scene.materials[: len(facing)] == SKIN)
+        return np.flatnonzero(casts)
 
     def _glasses(self, head_mm: np.ndarray, look: Look) -> list[Mesh]:
         eyes = np.stack([head_mm[self.head.regions.left_eyeball.numpy()].mean(0), head_mm[self.head.regions.right_eyeball.numpy()].mean(0)])
@@ -136,14 +150,14 @@ class Studio:
         normal = np.where((normal * view).sum(1, keepdims=True) < -0.05, -normal, normal)  # sheets are seen from both sides
         return Points(values[:, :3], position, normal, view, values[:, 9:], lit)
 
-    def _lit(self, position: np.ndarray, normal: np.ndarray, vertices: np.ndarray, faces: np.ndarray, look: Look) -> np.ndarray:
+    def _lit(self, position: np.ndarray, normal: np.ndarray, scene: Scene, look: Look) -> np.ndarray:
         """Share of the key lamp [M] at visible points: depth from the lamp, compared at nine texels."""
         size, direction = self.config.shadow_resolution, torch.from_numpy(look.light.key_direction).float()
         focal = _SHADOW_DISTANCE / (2 * _SHADOW_HALF_EXTENT)
         intrinsics = torch.tensor([[[focal, 0, 0.5], [0, focal, 0.5], [0, 0, 1.0]]])
         lamp = look_at(direction[None] * _SHADOW_DISTANCE, torch.zeros(1, 3), intrinsics=intrinsics)
-        facing = self._facing(vertices, look.light.key_direction * _SHADOW_DISTANCE * MM_PER_UNIT, len(faces))
-        depth = _draw(vertices, faces[facing], lamp, size).depth[0].numpy()
+        casters = self._casters(scene, look.light.key_direction * _SHADOW_DISTANCE * MM_PER_UNIT)
+        depth = _draw(scene.vertices, scene.faces[casters], lamp, size).depth[0].numpy()
         depth = np.pad(depth, 2, constant_values=np.inf)
         world_to_lamp = lamp.c2w[0, :3, :3].numpy()
         local = ((position + 2.0 * normal) / MM_PER_UNIT - lamp.c2w[0, :3, 3].numpy()) @ world_to_lamp

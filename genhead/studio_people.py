@@ -14,15 +14,37 @@ from torch import Tensor
 
 from head3d.cameras import Camera, orbit
 from head3d.labels import EXPRESSION_SIZE, SHAPE_SIZE, HeadLabel, Motion
+from head3d.procedural_head import BLINK_CLOSES_AT, EXPRESSIONS
 
 HairStyle = Literal["bald", "buzz", "short", "side_part", "fringe", "quiff", "bob", "long", "bun", "curly", "afro"]
 Garment = Literal["crew", "v_neck", "turtleneck", "shirt", "hoodie"]
 
 # Skin by individual typology angle ITA = atan((L* - 50) / b*) (Chardin et al. 1991): ITA deg, L*, a*, b* from very light to dark.
 _SKIN_TABLE = np.array(
-    [[-58, 31.5, 9.0, 11.6], [-40, 37.5, 11.5, 15.0], [-20, 43.5, 13.0, 18.0], [10, 53.5, 13.5, 20.0], [28, 61.0, 11.5, 20.0], [45, 68.0, 10.0, 17.5], [58, 73.5, 9.0, 14.5]]
+    [
+        [-58, 31.5, 9.0, 11.6],
+        [-40, 37.5, 11.5, 15.0],
+        [-20, 43.5, 13.0, 18.0],
+        [10, 53.5, 13.5, 20.0],
+        [28, 61.0, 11.5, 20.0],
+        [45, 68.0, 10.0, 17.5],
+        [58, 73.5, 9.0, 14.5],
+    ]
 )
-_HAIR_SRGB = np.array([[22, 18, 17], [40, 27, 21], [66, 43, 30], [98, 64, 40], [122, 62, 34], [164, 84, 42], [176, 136, 84], [214, 180, 128], [128, 126, 124], [206, 203, 198]])
+_HAIR_SRGB = np.array(
+    [
+        [22, 18, 17],
+        [40, 27, 21],
+        [66, 43, 30],
+        [98, 64, 40],
+        [122, 62, 34],
+        [164, 84, 42],
+        [176, 136, 84],
+        [214, 180, 128],
+        [128, 126, 124],
+        [206, 203, 198],
+    ]
+)
 _HAIR_WEIGHTS_LIGHT = np.array([0.08, 0.14, 0.19, 0.17, 0.07, 0.07, 0.10, 0.09, 0.05, 0.04])
 _HAIR_WEIGHTS_DARK = np.array([0.52, 0.28, 0.09, 0.02, 0.01, 0.0, 0.01, 0.0, 0.04, 0.03])
 _IRIS_SRGB = np.array([[46, 26, 16], [84, 52, 28], [118, 88, 44], [92, 108, 66], [84, 122, 150], [126, 150, 166]])
@@ -87,19 +109,19 @@ def lab_to_linear(lab: np.ndarray) -> np.ndarray:
 
 
 def skin_colour(generator: np.random.Generator) -> tuple[np.ndarray, float]:
-    """(linear albedo [3], ITA in degrees): uniform over the ITA range, small individual hue changes."""
-    ita = generator.uniform(-55, 57)
+    """(linear albedo [3], ITA in degrees) over the whole ITA range, with small individual changes of hue."""
+    ita = generator.uniform(5, 58) if generator.random() < 0.6 else generator.uniform(-55, 5)
     lab = np.array([np.interp(ita, _SKIN_TABLE[:, 0], _SKIN_TABLE[:, k]) for k in (1, 2, 3)])
     lab += generator.normal(0, [0.8, 1.0, 1.3])
     return lab_to_linear(lab), float(ita)
 
 
-def draw_label(generator: np.random.Generator, expressions: dict[str, int], wide_fraction: float, motion_scale: float) -> HeadLabel:
+def draw_label(generator: np.random.Generator, wide_fraction: float, motion_scale: float) -> HeadLabel:
     """Camera, shape and motion of one portrait (batch of 1).
 
     Radius, aim, jaw and gaze follow the published labels (portrait4d, section 4: radius 4.17 +- 0.16 within 3.74-4.45, origin within
     +-0.02 of the axis, gaze 0.07 / 0.10 rad) with more open mouths and closed eyes, which are rare there and which a generator
-    must see. `expressions` names components; neck pose and gaze roll are 0.
+    must see. Neck pose and gaze roll are 0.
     """
     g = generator
     wide = g.random() < wide_fraction
@@ -114,15 +136,15 @@ def draw_label(generator: np.random.Generator, expressions: dict[str, int], wide
     expression = np.clip(g.normal(0, 0.3, EXPRESSION_SIZE), -0.8, 0.8) * np.exp(-np.arange(EXPRESSION_SIZE) / 25)
 
     def act(name: str, value: float) -> None:
-        if name in expressions:
-            expression[expressions[name]] = value
+        expression[EXPRESSIONS[name]] = value
 
     act("smile", g.choice([g.normal(0, 0.3), g.uniform(0.3, 1.8), g.uniform(-1.0, 0.0)], p=[0.35, 0.5, 0.15]))
     act("pucker", g.uniform(0.3, 1.5) if g.random() < 0.12 else g.normal(0, 0.15))
     act("brow_raise", float(np.clip(g.normal(0.1, 0.6), -1.2, 1.8)))
-    lids = g.choice([max(0.0, g.normal(0.05, 0.12)), g.uniform(0.2, 1.0), 1.0], p=[0.86, 0.08, 0.06])  # open, narrowed, closed
-    act("blink_left", lids)
-    act("blink_right", lids if g.random() < 0.97 else 1.0)
+    lids = g.choice([g.normal(0.0, 0.08), g.uniform(0.2, 1.0), 1.0], p=[0.86, 0.08, 0.06])  # open, narrowed, closed
+    act("blink_left", BLINK_CLOSES_AT * lids)
+    act("blink_right", BLINK_CLOSES_AT * (lids if g.random() < 0.97 else 1.0))
+    act("frown", g.uniform(0.3, 1.5) if g.random() < 0.12 else g.normal(0, 0.25))
     jaw = float(np.clip(abs(g.normal(0, 0.03)) if g.random() < 0.6 else g.uniform(0, 0.25), 0, 0.35))
     jaw_pose = np.array([jaw, *g.normal(0, 0.008, 2)])
     follow = g.random() * 0.5 if g.random() < 0.6 else 0.0  # eyes that turn towards the camera
@@ -203,10 +225,10 @@ def draw_light(generator: np.random.Generator) -> Light:
     g = generator
     azimuth, elevation = g.uniform(-1.2, 1.2), g.uniform(0.05, 1.0)
     warmth = g.normal(0, 0.5)
-    key_strength = g.uniform(0.55, 1.15)
+    key_strength = g.uniform(0.65, 1.25)
     key = key_strength * _temperature(warmth)
     fill = key_strength * g.uniform(0.1, 0.45) * _temperature(-warmth * g.uniform(0, 1))
-    ambient = g.uniform(0.28, 0.55)
+    ambient = g.uniform(0.34, 0.62)
     sky = ambient * _temperature(g.normal(-0.15, 0.25))
     return Light(
         _direction(azimuth, elevation), key,
@@ -216,7 +238,9 @@ def draw_light(generator: np.random.Generator) -> Light:
 
 
 def _direction(azimuth_rad: float, elevation_rad: float) -> np.ndarray:
-    return np.array([math.sin(azimuth_rad) * math.cos(elevation_rad), math.sin(elevation_rad), math.cos(azimuth_rad) * math.cos(elevation_rad)])
+    return np.array(
+        [math.sin(azimuth_rad) * math.cos(elevation_rad), math.sin(elevation_rad), math.cos(azimuth_rad) * math.cos(elevation_rad)]
+    )
 
 
 def _temperature(warmth: float) -> np.ndarray:

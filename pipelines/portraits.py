@@ -43,14 +43,18 @@ def main(config: PortraitsRun) -> None:
         del settings[name]
     if config.from_folder is not None:
         photographs = check_folder(config.from_folder, config.resolution)
-        settings = {name: settings[name] for name in ("resolution", "from_folder", "image_format")} | {"files": fingerprint(config.from_folder)}
+        settings = {name: settings[name] for name in ("resolution", "from_folder", "image_format")} | {
+            "files": fingerprint(config.from_folder)
+        }
     digest = config_hash(settings | {"record_version": VERSION})
     if (config.out / "data.mdb").exists():
         present = PortraitSet(config.out).metadata
         if present.get("config_hash") != digest:
             raise DataError(
-                f"{config.out}: expected portraits made with these settings (hash {digest}), got others (hash {present.get('config_hash')}, "
-                f"{present['count']} at {present['resolution']} px; see {config.out}/config.yaml); choose another --out or delete the folder"
+                f"{config.out}: expected portraits made with these settings (hash {digest}), got others "
+                f"(hash {present.get('config_hash')}, "
+                f"{present['count']} at {present['resolution']} px; see {config.out}/config.yaml); "
+                f"choose another --out or delete the folder"
             )
         print(f"{config.out} has {present['count']} portraits made with these settings; nothing to do")
         return

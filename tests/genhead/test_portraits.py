@@ -27,7 +27,9 @@ def make_label(**changes: float) -> np.ndarray:
 def make_portraits(count: int, side: int = 24) -> list[Portrait]:
     g = np.random.default_rng(3)
     ramp = np.linspace(0, 255, side)
-    smooth = [np.stack([np.add.outer(ramp * g.random(), ramp * g.random()) / 2 for _ in range(3)], -1).astype(np.uint8) for _ in range(count)]
+    smooth = [
+        np.stack([np.add.outer(ramp * g.random(), ramp * g.random()) / 2 for _ in range(3)], -1).astype(np.uint8) for _ in range(count)
+    ]
     return [Portrait(image, g.integers(0, 256, (side, side), np.uint8), make_label(at_25=index)) for index, image in enumerate(smooth)]
 
 
@@ -96,7 +98,10 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_one_succeeds(tmp_path):
 
 def test_a_full_disk_is_a_data_error_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("genhead.portraits._map_size", lambda *_: 64 * 1024)
-    with pytest.raises(DataError, match="record: could not write the portraits .* free some space"), create_record(tmp_path / "record", 24, 1, {}) as writer:
+    with (
+        pytest.raises(DataError, match="record: could not write the portraits .* free some space"),
+        create_record(tmp_path / "record", 24, 1, {}) as writer,
+    ):
         for portrait in make_portraits(100):
             writer.add(encode_portrait(portrait, "png"))
     assert list(tmp_path.iterdir()) == []
@@ -113,7 +118,10 @@ def test_a_record_is_not_written_over_other_files(tmp_path):
 def test_missing_unfinished_foreign_and_damaged_records_are_data_errors(tmp_path):
     with pytest.raises(DataError, match="nowhere: expected a portraits record .* found none; make one with"):
         PortraitSet(tmp_path / "nowhere")
-    for name, entry, message in (("unfinished", None, "no metadata entry"), ("foreign", {"schema": "cats", "version": 9}, "got cats version 9")):
+    for name, entry, message in (
+        ("unfinished", None, "no metadata entry"),
+        ("foreign", {"schema": "cats", "version": 9}, "got cats version 9"),
+    ):
         with lmdb.open(str(tmp_path / name)) as environment, environment.begin(write=True) as transaction:
             transaction.put(b"metadata" if entry else b"other", json.dumps(entry).encode())
         with pytest.raises(DataError, match=message):
@@ -164,15 +172,24 @@ SPOILED = {
     "nan": (spoil_label(make_label(at_300=np.nan)), r"bob\.npy: entries \[300\] of the label are not finite; refit"),
     "text label": (spoil_label(np.array(["a"] * 437)), r"bob\.npy: a label holds numbers, got dtype"),
     "pickled label": (spoil_label(np.array([{}] * 437)), r"bob\.npy: expected a \.npy file of 437 numbers, but it cannot be read"),
-    "no array": (lambda f: (f / "bob.npy").write_bytes(b"437"), r"bob\.npy: expected a \.npy file of 437 numbers, but it cannot be read .* numpy\.save"),
+    "no array": (
+        lambda f: (f / "bob.npy").write_bytes(b"437"),
+        r"bob\.npy: expected a \.npy file of 437 numbers, but it cannot be read .* numpy\.save",
+    ),
     "mirrored camera": (spoil_label(make_label(at_0=-1)), r"bob\.npy: .* camera-to-world matrix with a proper rotation"),
-    "camera looks away": (spoil_label(make_label(at_11=-4.2)), r"bob\.npy: expected the neck joint \(the origin\) in front of the camera .* look down -z"),
+    "camera looks away": (
+        spoil_label(make_label(at_11=-4.2)),
+        r"bob\.npy: expected the neck joint \(the origin\) in front of the camera .* look down -z",
+    ),
     "degrees": (spoil_label(make_label(at_428=12)), r"bob\.npy: expected \|jaw_pose\| <= 1\.6 .* got 12; check"),
     "not square": (picture("RGB", (40, 32)), r"bob\.jpg: expected a square picture, got 40 x 32; crop"),
     "too small": (picture("RGB", (16, 16)), r"bob\.jpg: expected at least 32 x 32 pixels, got 16 x 16; use"),
     "four channels": (picture("RGBA", (32, 32)), r"bob\.jpg: expected RGB .* got RGBA; convert"),
     "no picture": (lambda f: (f / "bob.jpg").write_bytes(b"GIF?"), r"bob\.jpg: expected a PNG or JPEG picture, but it cannot be decoded"),
-    "cut off": (lambda f: (f / "ann.png").write_bytes((f / "ann.png").read_bytes()[:900]), r"ann\.png: expected a PNG or JPEG picture, but it cannot be decoded"),
+    "cut off": (
+        lambda f: (f / "ann.png").write_bytes((f / "ann.png").read_bytes()[:900]),
+        r"ann\.png: expected a PNG or JPEG picture, but it cannot be decoded",
+    ),
     "matte size": (picture("L", (40, 40), "ann_matte.png"), r"ann_matte\.png: expected the size of ann\.png, 48 x 48, got another; export"),
     "same name": (picture("RGB", (32, 32), "bob.png"), r"bob\.png: expected one picture per name, but bob\.jpg has the same; rename"),
 }

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from scipy.ndimage import maximum_filter
 
-from genhead import studio_meshes
 from genhead.portraits import PortraitSet
 from genhead.studio import Studio, StudioConfig
 from genhead.studio_background import draw_background
+from genhead.studio_hair import SkullMap, hair_meshes
 from genhead.studio_people import Garment, HairStyle, draw_label, draw_look, lab_to_linear, linear, skin_colour
 from head3d.cameras import project
 from head3d.labels import check_label, pack_label, unpack_label
@@ -51,7 +51,7 @@ def test_skin_covers_the_range_from_deep_to_light_and_is_always_redder_than_blue
 
 
 def test_labels_are_valid_and_follow_the_published_statistics():
-    labels = np.concatenate([pack_label(*draw_label(generator(i), {"smile": 0, "blink_left": 1}, 0.2, 1.0)).numpy() for i in range(300)])
+    labels = np.concatenate([pack_label(*draw_label(generator(i), 0.2, 1.0)).numpy() for i in range(300)])
     for label in labels:
         check_label(label, "drawn")
     parts = unpack_label(torch.from_numpy(labels))
@@ -75,7 +75,7 @@ def test_looks_use_every_hair_style_and_garment():
 def test_a_backdrop_is_in_range_and_the_same_picture_at_every_resolution():
     for index in range(12):
         small, large = draw_background(24, generator(index)), draw_background(96, generator(index))
-        assert small.shape == (24, 24, 3) and 0 <= small.min() and small.max() <= 1
+        assert small.shape == (24, 24, 3) and small.min() >= 0 and small.max() <= 1
         reduced = large.reshape(24, 4, 24, 4, 3).mean((1, 3))
         assert np.abs(reduced - small).mean() < 0.02
 
@@ -86,7 +86,7 @@ def test_a_backdrop_is_in_range_and_the_same_picture_at_every_resolution():
 def test_the_skull_map_of_a_sphere_is_its_radius_in_every_direction():
     unit = np.random.default_rng(0).normal(size=(4000, 3))
     sphere = 80 * unit / np.linalg.norm(unit, axis=1, keepdims=True)
-    skull = studio_meshes.SkullMap(sphere, np.arange(4000), np.zeros(3))
+    skull = SkullMap(sphere, np.arange(4000), np.zeros(3))
     polar, azimuth = np.random.default_rng(1).uniform(0, [[np.pi], [2 * np.pi]], (2, 50))
     np.testing.assert_allclose(skull.radius(skull.fit(1.5 * sphere), polar, azimuth), 120, rtol=1e-6)
 
@@ -95,7 +95,7 @@ def test_hair_lies_outside_the_skull_it_was_made_for(studio):
     vertices = studio.atlas.template
     radii = studio._skull.fit(vertices)
     for index in range(40):
-        for mesh in studio_meshes.hair_meshes(draw_look(generator(index)), studio._skull, radii)[:1]:
+        for mesh in hair_meshes(draw_look(generator(index)), studio._skull, radii)[:1]:
             offset = mesh.vertices - studio._skull.centre
             radius = np.linalg.norm(offset, axis=1)
             polar, azimuth = np.arccos(offset[:, 1] / radius), np.arctan2(offset[:, 0], offset[:, 2])
@@ -127,7 +127,7 @@ def test_the_matte_covers_the_silhouette_of_the_posed_head(studio):
 
 
 def test_the_backdrop_is_untouched_where_the_matte_is_empty_and_edges_are_soft(studio):
-    label, look = draw_label(generator(3), {}, 0.0, 1.0), draw_look(generator(3))
+    label, look = draw_label(generator(3), 0.0, 1.0), draw_look(generator(3))
     black, white = (studio.picture(label, look, np.full((64, 64, 3), value, np.float32)) for value in (0.0, 1.0))
     empty, full = black[1] == 0, black[1] == 255
     assert (black[0][empty] == 0).all() and (white[0][empty] == 255).all()
@@ -137,10 +137,12 @@ def test_the_backdrop_is_untouched_where_the_matte_is_empty_and_edges_are_soft(s
 
 def test_every_hair_style_and_garment_can_be_drawn_with_glasses_and_beard(studio):
     base = draw_look(generator(0))
-    label = draw_label(generator(0), {}, 1.0, 1.0)
+    label = draw_label(generator(0), 1.0, 1.0)
     pictures = []
     for style, garment in zip(get_args(HairStyle), get_args(Garment) * 3, strict=False):
-        look = base._replace(hair_style=style, garment=garment, glasses=np.zeros(3, np.float32), beard_m=0.01, freckles=0.5, cloth_pattern=len(pictures) % 3)
+        look = base._replace(
+            hair_style=style, garment=garment, glasses=np.zeros(3, np.float32), beard_m=0.01, freckles=0.5, cloth_pattern=len(pictures) % 3
+        )
         pictures.append(studio.picture(label, look, np.zeros((32, 32, 3), np.float32))[0])
     assert len({picture.tobytes() for picture in pictures}) == len(get_args(HairStyle))
 
@@ -149,7 +151,9 @@ def test_every_hair_style_and_garment_can_be_drawn_with_glasses_and_beard(studio
 
 
 def test_any_number_of_workers_gives_the_same_file_and_a_second_call_does_nothing(tmp_path, capsys):
-    runs = [PortraitsRun(out=tmp_path / f"workers_{n}", count=5, resolution=32, workers=n, studio=StudioConfig(supersampling=1)) for n in (0, 2)]
+    runs = [
+        PortraitsRun(out=tmp_path / f"workers_{n}", count=5, resolution=32, workers=n, studio=StudioConfig(supersampling=1)) for n in (0, 2)
+    ]
     for run in runs:
         main(run)
     first, second = ((run.out / "data.mdb").read_bytes() for run in runs)
