@@ -19,6 +19,7 @@ def _kernel() -> tuple[ModuleType, Any]:
     import warp as wp
 
     wp.config.quiet = True
+    wp.init()
 
     @wp.kernel
     def draw(
