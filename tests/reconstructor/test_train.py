@@ -4,6 +4,10 @@ import dataclasses
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from head3d.cameras import frontal
 from head3d.labels import Motion
 from head3d.run import distributed
 from head3d.run.checkpoint import latest_checkpoint
+from head3d.run.config import save_yaml
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
 from reconstructor import train as training
@@ -221,3 +226,27 @@ def test_defaults_are_the_published_run():
         32,
         0.5,
     )
+
+
+def test_two_processes_train_together_and_one_goes_on(world, tmp_path):
+    config = world.run(tmp_path / "run", total_images=8)
+    save_yaml(config, tmp_path / "run.yaml")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "reconstructor", "--config", str(tmp_path / "run.yaml")],
+            env=environment | {"RANK": rank},
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert [line["images_seen"] for line in read_metrics(config.out)] == [4, 8]
+    assert train(dataclasses.replace(config, total_images=12)) == 0
+    assert latest_checkpoint(config.out).images_seen == 12
