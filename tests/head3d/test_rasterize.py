@@ -152,7 +152,7 @@ def test_optional_backend_finds_the_same_faces(backend, cull_backfaces):
     assert (raster.depth[same & (raster.face_ids >= 0)] - expected.depth[same & (raster.face_ids >= 0)]).abs().max() < 1e-4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cuda_finds_the_same_faces_as_the_cpu():
     vertices, faces = soup(faces=200)
     expected = rasterize(vertices, faces, skewed_camera(), 64)
