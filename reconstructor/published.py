@@ -1,28 +1,19 @@
-"""The published reconstructor's parameter names, and the check of our network against its reference numbers.
+"""The published reconstructor's parameter names.
 
 The table maps the published state dict onto Portrait4D's, one to one and without scaling. Its renderer (decoder, super-resolution, w_avg)
-has GenHead's names and is not in the table. The check fills our network with weights that anyone can regenerate and compares each stage
-with what the published network computed from the same weights.
+has GenHead's names and is not in the table.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from genhead.published import Names, read_recipe, rename
+from genhead.published import Names, rename
 from head3d.run.errors import AssetError
-from reconstructor.architectures.portrait4d import Portrait4D, Portrait4DConfig
-from reconstructor.blocks import to_map, with_coordinates
-
-STAGE_TOLERANCE = 1e-3  # relative error |a - b| / |b| up to which a stage counts as equal
+from reconstructor.architectures.portrait4d import Portrait4D
 
 
 def _layers(pairs: Mapping[str, str]) -> Names:
@@ -142,57 +133,3 @@ def load_published(model: Portrait4D, tensors: Mapping[str, Tensor], where: str)
             "use the default Portrait4DConfig for the published network"
         )
     model.load_state_dict(renamed, assign=next(model.parameters()).is_meta)
-
-
-class StageAgreement(NamedTuple):
-    """How well one stage agrees with its reference."""
-
-    stage: str
-    error: float  # |ours - theirs| / |theirs|
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.tolerance
-
-
-def check_stages(folder: Path) -> list[StageAgreement]:
-    """Compare each stage of the published-size network with the numbers in `folder` (recipe.json, io.npz). 3 GB; 20 s on one core.
-
-    Raises AssetError when a file is missing or the recipe does not fit the network.
-    """
-    numbers = folder / "io.npz"
-    if not numbers.is_file():
-        raise AssetError(
-            f"{numbers}: expected the reference inputs and outputs, found no such file; give the folder that holds recipe.json and io.npz"
-        )
-    with torch.device("meta"):
-        model = Portrait4D(Portrait4DConfig()).eval()
-    load_published(model, read_recipe(folder), str(folder / "recipe.json"))
-    with np.load(numbers, allow_pickle=False) as archive:
-        reference = {name: torch.from_numpy(archive[name].astype(np.float32)) for name in archive.files}
-    return [StageAgreement(name, relative_error(ours, reference[name]), STAGE_TOLERANCE) for name, ours in _stages(model, reference)]
-
-
-def relative_error(ours: Tensor, reference: Tensor) -> float:
-    """|ours - reference| / |reference|, Euclidean norm over all numbers."""
-    return float((ours - reference).norm() / reference.norm())
-
-
-@torch.no_grad()
-def _stages(model: Portrait4D, given: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(reference name, our output at the reference's stride) of each stage."""
-    always = torch.ones(1)
-    source = model.encode_source(given["image"])
-    yield "stage_encoder_global_every2", source.global_features[:, :, ::2, ::2]
-    yield "stage_encoder_detail_every8", source.detail[:, :, ::8, ::8]
-    yield "stage_background_every16", model.background.logits(with_coordinates(given["image"]))[:, :, ::16, ::16]
-    canonical = model.deexpress(source, given["motion_source"], always)
-    reenacted: list[Tensor] = []
-    hook = model.reenactment[-1].register_forward_hook(lambda module, inputs, tokens: reenacted.append(tokens))
-    planes = model.reenact(canonical, source, given["motion_driver"], always)
-    hook.remove()
-    side = source.global_features.shape[2] // 2
-    shuffled = F.pixel_shuffle(to_map(reenacted[0], (side, side)), 2)
-    yield "stage_encoder_canonical_every2", shuffled[:, :, ::2, ::2]
-    yield "stage_generator_triplane_every8", planes.flatten(1, 2)[:, :, ::8, ::8]
