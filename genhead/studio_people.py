@@ -169,7 +169,7 @@ def draw_look(generator: np.random.Generator) -> Look:
         return linear(table[g.choice(len(table), p=weights / weights.sum())] * g.uniform(0.88, 1.12))
 
     hair = choose(_HAIR_SRGB, _HAIR_WEIGHTS_LIGHT, _HAIR_WEIGHTS_DARK)
-    if g.random() < 0.04:  # dyed
+    if g.random() < 0.03:  # dyed
         hair = linear(_hsv(g.random(), g.uniform(0.4, 0.7), g.uniform(0.4, 0.8)))
     styles = get_args(HairStyle)
     weights = np.array([0.05, 0.07, 0.15, 0.13, 0.10, 0.08, 0.10, 0.13, 0.07, 0.08, 0.04 + 0.10 * (1 - lightness)])
@@ -183,7 +183,7 @@ def draw_look(generator: np.random.Generator) -> Look:
     glasses = None
     if g.random() < 0.17:
         glasses = linear([[24, 22, 22], [70, 42, 26], [150, 130, 96], [120, 124, 130], [40, 46, 78], [110, 28, 34]][g.integers(6)])
-    cloth = linear(_hsv(g.random(), g.beta(1.6, 2.2), g.uniform(0.15, 0.92)))
+    cloth = linear(_hsv(g.random(), g.beta(1.4, 3.2), g.uniform(0.15, 0.88)))
     garments = get_args(Garment)
     look = Look(
         skin=skin,

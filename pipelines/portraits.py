@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from genhead.photographs import check_folder, fingerprint, read_photograph
+from genhead.photographs import Photograph, check_folder, fingerprint, read_photograph
 from genhead.portraits import VERSION, ImageFormat, PortraitSet, create_record, decode_portrait, encode_portrait
-from genhead.studio import Studio, StudioConfig
+from genhead.studio import STUDIO_VERSION, Studio, StudioConfig
+from head3d.head_model import BUILT_IN
 from head3d.pictures import grid, save_png
 from head3d.run.config import NonNegativeInt, PositiveInt, config_hash, save_yaml, to_dict
 from head3d.run.errors import DataError
@@ -38,39 +39,49 @@ class PortraitsRun:
 
 def main(config: PortraitsRun) -> None:
     """Write the record, or do nothing if it is there from the same settings. Raises DataError if it is there from others."""
-    settings = to_dict(config)
-    for name in ("out", "workers"):
-        del settings[name]
-    if config.from_folder is not None:
-        photographs = check_folder(config.from_folder, config.resolution)
-        settings = {name: settings[name] for name in ("resolution", "from_folder", "image_format")} | {
-            "files": fingerprint(config.from_folder)
-        }
-    digest = config_hash(settings | {"record_version": VERSION})
+    photographs = None if config.from_folder is None else check_folder(config.from_folder, config.resolution)
+    settings = what_decides(config)
+    digest = config_hash(settings)
     if (config.out / "data.mdb").exists():
         present = PortraitSet(config.out).metadata
         if present.get("config_hash") != digest:
             raise DataError(
                 f"{config.out}: expected portraits made with these settings (hash {digest}), got others "
-                f"(hash {present.get('config_hash')}, "
-                f"{present['count']} at {present['resolution']} px; see {config.out}/config.yaml); "
-                f"choose another --out or delete the folder"
+                f"(hash {present.get('config_hash')}, {present['count']} at {present['resolution']} px; see {config.out}/config.yaml); "
+                "choose another --out or delete the folder"
             )
         print(f"{config.out} has {present['count']} portraits made with these settings; nothing to do")
         return
     metadata = {"config_hash": digest, "settings": settings}
-    if config.from_folder is not None:
-        metadata |= {"provenance": "photographs", "synthetic": False}
-        with create_record(config.out, config.resolution, len(photographs), metadata) as writer:
-            save_yaml(config, writer.folder / "config.yaml")
-            for photograph in progress(photographs, "photographs", "image"):
-                portrait, has_matte = read_photograph(photograph, config.resolution)
-                writer.add(encode_portrait(portrait, config.image_format, has_matte))
-            without = writer.without_matte
-        note = f"; {without} have no matte and count as all foreground" if without else ""
-        print(f"{config.out}: {len(photographs)} photographs{note}")
-        return
-    metadata |= {"provenance": "studio", "synthetic": True}
+    if photographs is None:
+        _write_studio(config, metadata)
+    else:
+        _write_photographs(config, photographs, metadata)
+
+
+def what_decides(config: PortraitsRun) -> dict:
+    """The settings that the pictures depend on; for photographs, the state of their folder too."""
+    settings = to_dict(config)
+    if config.from_folder is None:
+        names, more = ("seed", "count", "resolution", "image_format", "studio"), {"studio_version": STUDIO_VERSION}
+    else:
+        names, more = ("resolution", "from_folder", "image_format"), {"files": fingerprint(config.from_folder)}
+    return {name: settings[name] for name in names} | more | {"record_version": VERSION}
+
+
+def _write_photographs(config: PortraitsRun, photographs: list[Photograph], metadata: dict) -> None:
+    metadata |= {"provenance": "photographs", "synthetic": False}
+    with create_record(config.out, config.resolution, len(photographs), metadata) as writer:
+        save_yaml(config, writer.folder / "config.yaml")
+        for photograph in progress(photographs, "photographs", "image"):
+            portrait, has_matte = read_photograph(photograph, config.resolution)
+            writer.add(encode_portrait(portrait, config.image_format, has_matte))
+    note = f"; {writer.without_matte} have no matte and count as all foreground" if writer.without_matte else ""
+    print(f"{config.out}: {len(photographs)} photographs{note}")
+
+
+def _write_studio(config: PortraitsRun, metadata: dict) -> None:
+    metadata |= {"provenance": "studio", "synthetic": True, "head_model": BUILT_IN}
     with create_record(config.out, config.resolution, config.count, metadata) as writer:
         save_yaml(config, writer.folder / "config.yaml")
         first = []
@@ -80,7 +91,11 @@ def main(config: PortraitsRun) -> None:
                 if len(first) < _SHEET:
                     first.append(decode_portrait(value, "portrait").image)
                 bar.update()
-        save_png(writer.folder / "contact_sheet.png", grid(np.stack(first), columns=8), {"command": "portraits", "settings": settings})
+        save_png(
+            writer.folder / "contact_sheet.png",
+            grid(np.stack(first), columns=8),
+            {"command": "portraits", "settings": metadata["settings"]},
+        )
     print(f"{config.out}: {config.count} portraits at {config.resolution} px, contact sheet {config.out}/contact_sheet.png")
 
 
