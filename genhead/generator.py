@@ -80,20 +80,14 @@ class GenHead(nn.Module):
         self.backbone = Synthesis(
             config.w_dim, config.plane_resolution, channels, channel_base=config.channel_base, channel_max=config.channel_max
         )
-        self.mapping = Mapping(
-            config.z_dim, 25 + SHAPE_SIZE, config.w_dim, self.backbone.num_ws, layers=config.mapping_layers
-        )
+        self.mapping = Mapping(config.z_dim, 25 + SHAPE_SIZE, config.w_dim, self.backbone.num_ws, layers=config.mapping_layers)
         self.background_network = BackgroundGenerator(config.background)
         self.decoder = Decoder(config.plane_channels, config.decoder_hidden, config.feature_channels)
         self.superresolution = SuperResolution(config.superresolution)
 
     def weights(self) -> dict[str, Tensor]:
         """The learned state: everything but the head model, which is named by the configuration and stored once."""
-        return {
-            name: value
-            for name, value in self.state_dict().items()
-            if not name.startswith(("head_model.", "deformation."))
-        }
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(("head_model.", "deformation."))}
 
     def load_weights(self, weights: dict[str, Tensor], where: str) -> None:
         """Fill the learned state. Raises AssetError naming `where` and the keys or shapes that do not fit."""

@@ -54,7 +54,9 @@ def read_recording(folder: Path) -> Callable[[str], Tensor]:
     """Access to io.npz by name, float32 tensors. Raises AssetError if the file or a name is missing."""
     path = folder / "io.npz"
     if not path.is_file():
-        raise AssetError(f"{path}: expected the recorded inputs and outputs, found no such file; give the folder that holds recipe.json and io.npz")
+        raise AssetError(
+            f"{path}: expected the recorded inputs and outputs, found no such file; give the folder that holds recipe.json and io.npz"
+        )
     arrays = np.load(path, allow_pickle=False)
 
     def read(name: str) -> Tensor:
@@ -95,7 +97,9 @@ def compare(folder: Path) -> list[Comparison]:
         rows += _compare_deformation(genhead, shape, turned, recorded, prefix)
 
     posed = genhead.pose(shape, motion)
-    masks = part_masks(head, posed.vertices_posed, camera, config.render_resolution, raster_resolution=config.mask_resolution, published=True)
+    masks = part_masks(
+        head, posed.vertices_posed, camera, config.render_resolution, raster_resolution=config.mask_resolution, published=True
+    )
     for name, mask in (("eye", masks.eye), ("mouth", masks.mouth), ("head", masks.head)):
         same = ((mask - recorded(f"out_{name}_mask")).abs() < 1 / 255).float().mean()
         rows.append(Comparison(f"{name} mask, equal pixels", float(same), 0.999, at_least=True))
@@ -115,7 +119,9 @@ def compare(folder: Path) -> list[Comparison]:
     return rows
 
 
-def _compare_deformation(genhead: GenHead, shape: Tensor, motion: Motion, recorded: Callable[[str], Tensor], prefix: str) -> list[Comparison]:
+def _compare_deformation(
+    genhead: GenHead, shape: Tensor, motion: Motion, recorded: Callable[[str], Tensor], prefix: str
+) -> list[Comparison]:
     """Share of query points whose canonical position agrees to 1e-4 (relative), and of equal eye-box tests."""
     posed, rows = genhead.pose(shape, motion), []
     points = genhead.deformation.remove_neck(recorded("query"), posed)

@@ -1,8 +1,8 @@
 """Train GenHead on portraits: one loop, images seen as the clock, the same command resumes.
 
-    portraits (LMDB) -> real pictures, labels
-    Game.step        -> one update of the generator and one of the discriminator
-    every so often   -> scalars, pictures, checkpoint; at the end the averaged generator in RUN/export
+portraits (LMDB) -> real pictures, labels
+Game.step        -> one update of the generator and one of the discriminator
+every so often   -> scalars, pictures, checkpoint; at the end the averaged generator in RUN/export
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def train(config: GenHeadRun) -> int:
                 if crossed(images_seen, config.game.batch, config.log_every):
                     scalars = distributed.mean_scalars(scalars, process.device)
                     log.scalars(images_seen, scalars)
-                    bar.set_postfix({"D(real)": f"{scalars['discriminator/real_logits']:.2f}", "D(fake)": f"{scalars['discriminator/fake_logits']:.2f}"})
+                    bar.set_postfix(
+                        {"D(real)": f"{scalars['discriminator/real_logits']:.2f}", "D(fake)": f"{scalars['discriminator/fake_logits']:.2f}"}
+                    )
                 stopping = distributed.any_process(stop.requested, process.device)
                 last = images_seen >= config.total_images or stopping
                 if process.is_main and (last or crossed(images_seen, config.game.batch, config.pictures_every)):
@@ -105,6 +107,12 @@ def train(config: GenHeadRun) -> int:
 def build(config: GenHeadRun, process: distributed.Process) -> tuple[Game, PortraitSet]:
     """The game and the data. Raises ConfigError where settings contradict each other or the portraits."""
     portraits = PortraitSet(config.portraits)
+    labelled_for = portraits.metadata.get("head_model", config.head_model)
+    if labelled_for != config.head_model:
+        raise ConfigError(
+            f"head_model is {config.head_model!r} but the labels of {config.portraits} belong to {labelled_for!r}: shape and expression "
+            "numbers mean something only with their own head model; change the setting or make other portraits"
+        )
     model, discriminator = config.model, config.discriminator
     if portraits.resolution != model.image_resolution:
         raise ConfigError(
@@ -148,7 +156,11 @@ def save(config: GenHeadRun, game: Game, images_seen: int) -> Path:
     """Write a checkpoint: both networks, the average, both optimisers. Draws need no state (they are keyed by images seen)."""
     tensors: dict[str, Tensor] = {}
     state: dict = {}
-    networks = {"generator": game.generator.weights(), "averaged": game.averaged.weights(), "discriminator": game.discriminator.state_dict()}
+    networks = {
+        "generator": game.generator.weights(),
+        "averaged": game.averaged.weights(),
+        "discriminator": game.discriminator.state_dict(),
+    }
     for name, weights in networks.items():
         tensors |= {f"{name}/{key}": value for key, value in weights.items()}
     for name, optimizer in game.optimizers.items():

@@ -81,9 +81,7 @@ def orbit(
     """Cameras on a sphere around `target`; yaw = pitch = 0 is the frontal view from +z."""
     if target is None:
         target = torch.zeros(yaw_rad.shape[0], 3, device=yaw_rad.device, dtype=yaw_rad.dtype)
-    offset = torch.stack(
-        [yaw_rad.sin() * pitch_rad.cos(), pitch_rad.sin(), yaw_rad.cos() * pitch_rad.cos()], dim=-1
-    )
+    offset = torch.stack([yaw_rad.sin() * pitch_rad.cos(), pitch_rad.sin(), yaw_rad.cos() * pitch_rad.cos()], dim=-1)
     return look_at(target + radius[:, None] * offset, target, roll_rad, intrinsics)
 
 

@@ -96,7 +96,9 @@ def check_label(label: np.ndarray, where: str) -> np.ndarray:
             f"R R^T differs from the identity by {error:.3g} (limit 0.01) or is mirrored; check row order and handedness"
         )
     if not np.allclose(c2w[3], [0, 0, 0, 1], atol=1e-4):
-        raise DataError(f"{where}: the last row of the camera-to-world matrix must be 0 0 0 1, got {c2w[3].tolist()}; it may be stored transposed")
+        raise DataError(
+            f"{where}: the last row of the camera-to-world matrix must be 0 0 0 1, got {c2w[3].tolist()}; it may be stored transposed"
+        )
     if intrinsics[0, 0] <= 0 or intrinsics[1, 1] <= 0 or abs(intrinsics[0, 2]) > 2 or abs(intrinsics[1, 2]) > 2:
         raise DataError(
             f"{where}: intrinsics must be divided by the image size (focal length > 0, centre near 0.5), got "

@@ -26,7 +26,9 @@ def main(config: ParityRun) -> int:
         case "reconstructor":
             from reconstructor.parity import compare
         case name:
-            raise AssetError(f"{config.folder}: expected a folder named genhead or reconstructor, got {name!r}; the name says which network to build")
+            raise AssetError(
+                f"{config.folder}: expected a folder named genhead or reconstructor, got {name!r}; the name says which network to build"
+            )
     rows = compare(config.folder)
     width = max(len(row.quantity) for row in rows)
     for row in rows:

@@ -45,7 +45,9 @@ def main(config: ReportRun) -> int:
 
 
 def head_section(folder: Path) -> str:
-    return _section("The built-in head", "Identity and expression components, gaze, jaw and neck of the head model.", _pictures(folder, ["head.png"]))
+    return _section(
+        "The built-in head", "Identity and expression components, gaze, jaw and neck of the head model.", _pictures(folder, ["head.png"])
+    )
 
 
 def portraits_section(folder: Path) -> str:

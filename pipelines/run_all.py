@@ -45,9 +45,20 @@ def stages(config: DemoRun) -> list[Stage]:
     portraits, genhead, shards, reconstructor = (str(out / name) for name in ("portraits", "genhead", "shards", "reconstructor"))
     generator = f"{genhead}/export"
     return [
-        Stage("head-page", "Draw the built-in head", "everything below runs without a licensed head model", ("--out", str(out / "head.png")), False),
+        Stage(
+            "head-page",
+            "Draw the built-in head",
+            "everything below runs without a licensed head model",
+            ("--out", str(out / "head.png")),
+            False,
+        ),
         Stage("portraits", "Photograph made-up people", "the generator learns from single pictures with labels", ("--out", portraits)),
-        Stage("genhead", "Train the head generator", "an adversarial game turns single pictures into 3D heads", ("--out", genhead, "--portraits", portraits)),
+        Stage(
+            "genhead",
+            "Train the head generator",
+            "an adversarial game turns single pictures into 3D heads",
+            ("--out", genhead, "--portraits", portraits),
+        ),
         Stage(
             "datagen",
             "Mass-produce labelled heads",
@@ -67,7 +78,12 @@ def stages(config: DemoRun) -> list[Stage]:
             "the generator knows the true answer, even across identities",
             ("--out", str(out / "evaluation"), "--reconstructor", f"{reconstructor}/export", "--shards", shards, "--generator", generator),
         ),
-        Stage("drive", "Drive one picture", "one picture in, a moving head out", ("--out", str(out / "drive"), "--reconstructor", f"{reconstructor}/export", "--shards", shards)),
+        Stage(
+            "drive",
+            "Drive one picture",
+            "one picture in, a moving head out",
+            ("--out", str(out / "drive"), "--reconstructor", f"{reconstructor}/export", "--shards", shards),
+        ),
         Stage("report", "Write the page", "everything in one place", (str(out),), False),
     ]
 
@@ -75,7 +91,9 @@ def stages(config: DemoRun) -> list[Stage]:
 def main(config: DemoRun) -> int:
     """Run the stages in order; stops at the first that fails and returns its exit status."""
     if not config.configs.is_dir():
-        raise ConfigError(f"--configs: expected a folder with <stage>_{config.size}.yaml, {config.configs} is none; call from the project's folder")
+        raise ConfigError(
+            f"--configs: expected a folder with <stage>_{config.size}.yaml, {config.configs} is none; call from the project's folder"
+        )
     started, chain = time.monotonic(), stages(config)
     for number, stage in enumerate(chain, 1):
         arguments = ["--config", str(config.configs / f"{stage.command.replace('-', '_')}_{config.size}.yaml")] if stage.has_config else []
@@ -84,7 +102,10 @@ def main(config: DemoRun) -> int:
         begun = time.monotonic()
         status = subprocess.run([sys.executable, "-m", "pipelines", *arguments], check=False).returncode
         if status:
-            print(f"{stage.command} ended with status {status}; mend what it says and call the demo again, it goes on from here", file=sys.stderr)
+            print(
+                f"{stage.command} ended with status {status}; mend what it says and call the demo again, it goes on from here",
+                file=sys.stderr,
+            )
             return STAGE_FAILED
         print(f"    done in {time.monotonic() - begun:.0f} s", flush=True)
     print(f"\nAll stages took {time.monotonic() - started:.0f} s. The page: {(config.out / 'index.html').resolve()}")

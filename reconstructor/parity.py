@@ -41,7 +41,9 @@ def compare(folder: Path) -> list[Comparison]:
         Comparison(name.removeprefix("stage_"), relative_error(ours, recorded(name)), STAGE_LIMIT, at_least=False)
         for name, ours in _stages(architecture, recorded)
     ]
-    return rows + _compare_pictures(architecture, head, {name: recipe[name] for name in recipe if name.startswith((*RENDERER, "w_avg"))}, recorded, where)
+    return rows + _compare_pictures(
+        architecture, head, {name: recipe[name] for name in recipe if name.startswith((*RENDERER, "w_avg"))}, recorded, where
+    )
 
 
 def _stages(model: Portrait4D, recorded: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
