@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=50)  # the same on every machine, however slow
+hypothesis.settings.load_profile("project")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test marked `gpu` is skipped where there is no CUDA device."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Tests that are skipped without a CUDA device get the mark `gpu`, by which `make test-gpu` finds them."""
+    for item in items:
+        if any("CUDA" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture
