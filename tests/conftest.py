@@ -17,10 +17,12 @@ hypothesis.settings.load_profile("project")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that are skipped without a CUDA device get the mark `gpu`, by which `make test-gpu` finds them."""
+    """A test marked `gpu` is skipped without a CUDA device, and one that is skipped without a CUDA device is marked `gpu`."""
     for item in items:
         if any("CUDA" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")):
             item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 
 @pytest.fixture

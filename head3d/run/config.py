@@ -89,7 +89,7 @@ def save_yaml(config: Any, path: Path | str) -> None:
 
 def yaml_text(config: Any) -> str:
     """The config as YAML text, fields in their order."""
-    return yaml.safe_dump(_as_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(_as_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_hash(config: Any) -> str:
@@ -252,6 +252,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML would read as something else."""
+
+
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|false|True|False", "tfTF"),
@@ -259,7 +263,8 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+0123456789."),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
