@@ -67,8 +67,7 @@ def generate(config: DatagenRun) -> int:
     plan = make_plan(config)
     config.out.mkdir(parents=True, exist_ok=True)
     with _only_writer(config.out):
-        for folder in (config.out, *(config.out / family for family in FAMILIES)):
-            sweep_temporary(folder)
+        _sweep(config.out)
         claim_folder(config.out, plan)
         missing = [shard for shard in range(plan.shard_count) if not shard_is_done(config.out, plan, shard)]
         total, to_do = (sum(map(plan.shard_frames, shards)) for shards in (range(plan.shard_count), missing))
@@ -78,6 +77,7 @@ def generate(config: DatagenRun) -> int:
                 reports = _in_process(config, plan, missing, failures) if config.workers == 0 else _on_ray(config, plan, missing, failures)
                 for report in reports:
                     _record(config.out, report, bar, failures)
+        _sweep(config.out)
         write_index(config.out)
     made = len(missing) - len(failures)
     print(f"{config.out}: {plan.shard_count} shards, {total} frames of {plan.identities} identities; made {made} shards now")
@@ -138,24 +138,24 @@ def _on_ray(config: DatagenRun, plan: Plan, shards: list[int], failures: dict[in
             if shard is not None:
                 flying[actor.make.remote(shard)] = (shard, actor)
 
-        for actor in actors * IN_FLIGHT:
-            give(actor)
-        while flying:
-            (done,), _ = ray.wait(list(flying), num_returns=1)
-            shard, actor = flying.pop(done)
-            try:
-                report = ray.get(done)
-            except ray.exceptions.RayTaskError as error:  # raised by the shard's own code
-                if not isinstance(error.cause, SampleError):
-                    _raise_cause(error)
-                failures[shard] = str(error.cause)
-            except ray.exceptions.RayError as error:  # the worker died too often, or never started
-                failures[shard] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            else:
-                yield report
-            if len(failures) >= config.max_failures:
-                return
-            give(actor)
+        try:
+            for actor in actors * IN_FLIGHT:
+                give(actor)
+            while flying and len(failures) < config.max_failures:
+                (done,), _ = ray.wait(list(flying), num_returns=1)
+                shard, actor = flying.pop(done)
+                try:
+                    yield ray.get(done)
+                except ray.exceptions.RayTaskError as error:  # raised by the shard's own code
+                    if not isinstance(error.cause, SampleError):
+                        _raise_cause(error)
+                    failures[shard] = str(error.cause)
+                except ray.exceptions.RayError as error:  # the worker died too often
+                    failures[shard] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                give(actor)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
 
 
 def _raise_cause(error: Exception) -> None:
@@ -194,6 +194,12 @@ def _ray_session(config: DatagenRun) -> Iterator[object]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _sweep(out: Path) -> None:
+    """Delete what killed writers left."""
+    for folder in (out, *(out / family for family in FAMILIES)):
+        sweep_temporary(folder)
 
 
 def _device(config: DatagenRun) -> str:

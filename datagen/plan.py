@@ -156,10 +156,10 @@ def claim_folder(out: Path, plan: Plan) -> None:
     """Write dataset.json, or check that the one that is there is of the same settings.
 
     Raises ConfigError if it has another hash, or more identities than are asked for now. More identities than before, or more
-    labels, extend the set.
+    labels, extend the set; a folder in which no shard was finished is taken over.
     """
     path = out / "dataset.json"
-    if path.exists():
+    if path.exists() and any(sidecar for family in FAMILIES for sidecar in (out / family).glob("*.json")):
         there = read_manifest(out)
         if there["config_hash"] != plan.hash:
             changed = ", ".join(_differences(there["settings"], plan.settings())[:5])

@@ -2,8 +2,9 @@
 
 Every aspect of an identity draws from its own stream, `numpy_generator(seed, "identity", identity, aspect)`, so neither the order,
 the number of workers nor a later setting of another aspect changes it. Distributions follow Portrait4D's synthesis
-(portrait4d, section 5); where the published code draws rows of fitted labels, a parametric distribution with the statistics of
-those labels stands in, which is stated at each field.
+(portrait4d, section 5). Where the published code draws rows of fitted labels there are two sources: a parametric distribution
+with the statistics of those labels, stated at each field; or the draws of the built-in studio, which are right for a generator
+trained on its portraits, because a generator shows best what it has seen.
 
     dynamic  several motions, each from several cameras: reenactment pairs
     static   one motion from several cameras: reconstruction pairs; no jaw augmentation, as published
@@ -20,10 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genhead.studio_people import draw_label
 from head3d.cameras import orbit
-from head3d.labels import EXPRESSION_SIZE, SHAPE_SIZE, Motion
+from head3d.labels import EXPRESSION_SIZE, SHAPE_SIZE, HeadLabel, Motion
 from head3d.run.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from head3d.run.seeding import numpy_generator
+
+STUDIO_TARGET_XY, STUDIO_RADIUS = 0.03, (3.74, 4.45)  # the limits inside `draw_label`, scene units
 
 Kind = Literal["static", "dynamic"]
 Split = Literal["train", "val", "test"]
@@ -75,12 +79,13 @@ class RecipeConfig:
     dynamic_motions: PositiveInt = 4  # motions of a dynamic identity
     dynamic_views: PositiveInt = 5  # cameras of each of its motions
     static_views: PositiveInt = 5  # cameras of a static identity's one motion
+    source: Literal["parametric", "studio"] = "parametric"  # of shapes, motions and portrait cameras; studio: as the built-in portraits were drawn
     truncation_psi: NonNegativeFloat = 0.95  # of the generator's mapping; the background is never truncated
-    shape_std: NonNegativeFloat = 0.92  # each shape component normal, cut at three deviations
+    shape_std: NonNegativeFloat = 0.92  # parametric: each shape component normal, cut at three deviations
     look_at_probability: Fraction = 0.5  # a camera is a look-at camera with this probability, else like a fitted portrait's
     look_at: LookAtCameras = LookAtCameras()  # the first sort of cameras
-    portrait: PortraitCameras = PortraitCameras()  # the second
-    motion: MotionDraws = MotionDraws()  # expression, jaw, gaze
+    portrait: PortraitCameras = PortraitCameras()  # the second, if parametric
+    motion: MotionDraws = MotionDraws()  # expression, jaw, gaze; of the studio's motions the jaw alone is changed
     val_share: Fraction = 0.02  # of the identities
     test_share: Fraction = 0.02  # of the identities
     split_rule: Literal["hash", "modulo"] = "hash"  # hash: each identity by its own hash, shares hold on average; modulo: by its number among
@@ -149,11 +154,12 @@ def frame_count(config: RecipeConfig, identity: int) -> int:
 def draw_identity(config: RecipeConfig, seed: int, identity: int) -> IdentityRecipe:
     """Everything there is to know about identity number `identity` of the data set with this seed."""
     kind = kind_of(config, identity)
-    shape = config.shape_std * _cut_normal(numpy_generator(seed, "identity", identity, "shape"), SHAPE_SIZE)
+    rng = numpy_generator(seed, "identity", identity, "shape")
+    shape = _studio_label(rng).shape if config.source == "studio" else _row(config.shape_std * _cut_normal(rng, SHAPE_SIZE))
     views = config.dynamic_views if kind == "dynamic" else config.static_views
     motions = []
     for index in range(frame_count(config, identity)):
-        motion, jaw_opened = _draw_motion(config.motion, numpy_generator(seed, "identity", identity, "motion", index), kind)
+        motion, jaw_opened = _draw_motion(config, numpy_generator(seed, "identity", identity, "motion", index), kind)
         cameras, look_at = _draw_cameras(config, numpy_generator(seed, "identity", identity, "cameras", index), views)
         motions.append(MotionRecipe(motion, cameras, {"jaw_opened": jaw_opened, "look_at": look_at}))
     return IdentityRecipe(
@@ -161,7 +167,7 @@ def draw_identity(config: RecipeConfig, seed: int, identity: int) -> IdentityRec
         kind=kind,
         split=split_of(config, seed, identity),
         seed=seed,
-        shape=_row(shape),
+        shape=shape,
         condition_camera=motions[0].cameras[:1].clone(),
         truncation_psi=config.truncation_psi,
         motions=tuple(motions),
@@ -173,6 +179,8 @@ def camera_distances(config: RecipeConfig) -> tuple[float, float]:
     look_at, portrait = config.look_at, config.portrait
     reach = math.hypot(look_at.target_xy, look_at.target_xy, max(abs(z) for z in look_at.target_z))
     near, far = look_at.radius[0] - reach, look_at.radius[1] + reach
+    if config.source == "studio":
+        portrait = PortraitCameras(target_xy=STUDIO_TARGET_XY, radius=STUDIO_RADIUS)
     reach = math.hypot(portrait.target_xy, portrait.target_xy)
     return min(near, portrait.radius[0] - reach), max(far, portrait.radius[1] + reach)
 
@@ -182,53 +190,65 @@ def _count(config: RecipeConfig, identities: int) -> int:
     return math.floor(identities * config.dynamic_share + 1e-9)
 
 
-def _draw_motion(config: MotionDraws, rng: np.random.Generator, kind: Kind) -> tuple[Motion, bool]:
+def _studio_label(rng: np.random.Generator) -> HeadLabel:
+    """A label as the built-in portraits have them."""
+    return draw_label(rng, wide_fraction=0.2, motion_scale=1.0)
+
+
+def _draw_motion(config: RecipeConfig, rng: np.random.Generator, kind: Kind) -> tuple[Motion, bool]:
+    """A motion [1, ...] and whether its jaw was opened."""
+    motion = _studio_label(rng).motion if config.source == "studio" else _parametric_motion(config.motion, rng)
+    opened, jaw = bool(rng.random() < config.motion.jaw_open_probability), rng.uniform(*config.motion.jaw_open_rad)
+    if kind == "static" or not opened:
+        return motion, False
+    jaw_pose = motion.jaw_pose.clone()
+    jaw_pose[:, 0] = jaw
+    return motion._replace(jaw_pose=jaw_pose), True
+
+
+def _parametric_motion(config: MotionDraws, rng: np.random.Generator) -> Motion:
     expression = config.expression_std * _cut_normal(rng, EXPRESSION_SIZE)
     jaw = max(0.0, config.jaw_mean_rad + config.jaw_std_rad * float(_cut_normal(rng, 1)[0]))
-    opened, open_jaw = bool(rng.random() < config.jaw_open_probability), rng.uniform(*config.jaw_open_rad)
-    opened = opened and kind == "dynamic"
     pitch, yaw = _cut_normal(rng, 2) * (config.gaze_pitch_std_rad, config.gaze_yaw_std_rad)
-    motion = Motion(
+    return Motion(
         expression=_row(expression),
         neck_pose=torch.zeros(1, 3),
-        jaw_pose=_row(np.array([open_jaw if opened else jaw, 0.0, 0.0])),
+        jaw_pose=_row(np.array([jaw, 0.0, 0.0])),
         eye_pose=_row(np.array([pitch, yaw, 0.0] * 2)),  # the eyes' roll cannot be seen
     )
-    return motion, opened
 
 
 def _draw_cameras(config: RecipeConfig, rng: np.random.Generator, views: int) -> tuple[Tensor, list[bool]]:
     """Camera labels [views, 25] and which of them are look-at cameras. Both sorts are drawn for every view, so that a changed
     probability moves no other camera."""
-    around, fitted = config.look_at, config.portrait
-    rows, chosen = [], []
+    labels, chosen = [], []
     for _ in range(views):
         is_look_at = bool(rng.random() < config.look_at_probability)
-        parameter = rng.uniform(*around.pitch)
-        look_at = (
-            rng.uniform(-around.yaw_rad, around.yaw_rad),
-            math.asin(2 * parameter / math.pi),
-            rng.uniform(-around.roll_rad, around.roll_rad),
-            rng.uniform(*around.radius),
-            rng.uniform(-around.target_xy, around.target_xy),
-            rng.uniform(-around.target_xy, around.target_xy),
-            rng.uniform(*around.target_z),
-        )
-        normal = _cut_normal(rng, 4)
-        portrait = (
-            fitted.yaw_std_rad * normal[0],
-            fitted.pitch_std_rad * normal[1],
-            fitted.roll_std_rad * normal[2],
-            float(np.clip(fitted.radius_mean + fitted.radius_std * normal[3], *fitted.radius)),
-            rng.uniform(-fitted.target_xy, fitted.target_xy),
-            rng.uniform(-fitted.target_xy, fitted.target_xy),
-            0.0,
-        )
-        rows.append(look_at if is_look_at else portrait)
+        around = _look_at_camera(config.look_at, rng)
+        portrait = _studio_label(rng).camera.label() if config.source == "studio" else _portrait_camera(config.portrait, rng)
+        labels.append(around if is_look_at else portrait)
         chosen.append(is_look_at)
-    table = torch.tensor(rows, dtype=torch.float64)
-    yaw, pitch, roll, radius = table[:, 0], table[:, 1], table[:, 2], table[:, 3]
-    return orbit(yaw, pitch, radius, target=table[:, 4:7], roll_rad=roll).label().float(), chosen
+    return torch.cat(labels), chosen
+
+
+def _look_at_camera(config: LookAtCameras, rng: np.random.Generator) -> Tensor:
+    yaw = rng.uniform(-config.yaw_rad, config.yaw_rad)
+    elevation = math.asin(2 * rng.uniform(*config.pitch) / math.pi)
+    roll, radius = rng.uniform(-config.roll_rad, config.roll_rad), rng.uniform(*config.radius)
+    target = [*rng.uniform(-config.target_xy, config.target_xy, 2), rng.uniform(*config.target_z)]
+    return _orbit_label(yaw, elevation, roll, radius, target)
+
+
+def _portrait_camera(config: PortraitCameras, rng: np.random.Generator) -> Tensor:
+    yaw, elevation, roll, distance = _cut_normal(rng, 4) * (config.yaw_std_rad, config.pitch_std_rad, config.roll_std_rad, config.radius_std)
+    target = [*rng.uniform(-config.target_xy, config.target_xy, 2), 0.0]
+    return _orbit_label(yaw, elevation, roll, np.clip(config.radius_mean + distance, *config.radius), target)
+
+
+def _orbit_label(yaw: float, elevation: float, roll: float, radius: float, target: list[float]) -> Tensor:
+    """The label [1, 25] of a camera on a sphere around `target`."""
+    values = torch.tensor([[yaw, elevation, roll, radius, *target]], dtype=torch.float64)
+    return orbit(values[:, 0], values[:, 1], values[:, 3], target=values[:, 4:], roll_rad=values[:, 2]).label().float()
 
 
 def _cut_normal(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -58,13 +58,15 @@ def make_shard(genhead: GenHead, out: Path, plan: Plan, shard: int) -> ShardRepo
 
 
 class ShardMaker:
-    """A worker process: loads the generator once and makes shards on request."""
+    """A worker process: makes shards on request. The first request loads the generator, so what is wrong with it is that call's error."""
 
     def __init__(self, out: Path, plan: Plan, generator: Path, device: str) -> None:
-        self.genhead = load_planned_generator(plan, generator, device)
-        self.out, self.plan = out, plan
+        self.out, self.plan, self.generator, self.device = out, plan, generator, device
+        self.genhead: GenHead | None = None
 
     def make(self, shard: int) -> ShardReport:
+        if self.genhead is None:
+            self.genhead = load_planned_generator(self.plan, self.generator, self.device)
         return make_shard(self.genhead, self.out, self.plan, shard)
 
 

@@ -85,9 +85,11 @@ def test_what_a_worker_refuses_reaches_the_user(tmp_path, run_of, ray):
         generate(run_of(out, workers=1))
 
 
-def test_sigkill_half_way_and_the_same_command_again_give_the_same_bytes(tmp_path, run_of, data_files, undisturbed):
-    out, config = tmp_path / "set", tmp_path / "run.yaml"
-    save_yaml(run_of(out), config)
+def test_sigkill_half_way_and_the_same_command_again_give_the_same_bytes(tmp_path, run_of, data_files):
+    out, config, whole = tmp_path / "set", tmp_path / "run.yaml", tmp_path / "whole"
+    save_yaml(run_of(out, identities=16), config)
+    generate(run_of(whole, identities=16))
+    undisturbed = data_files(whole)
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "datagen", "--config", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -98,11 +100,13 @@ def test_sigkill_half_way_and_the_same_command_again_give_the_same_bytes(tmp_pat
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    there = data_files(out)
-    assert "index.json" not in there and there.items() <= undisturbed.items() | {(n, b) for n, b in there.items() if ".tmp-" in n}
-    assert generate(run_of(out)) == 0
+    there = {name: data for name, data in data_files(out).items() if ".tmp-" not in name}
+    assert "index.json" not in there and there.items() <= undisturbed.items()
+    finished = len([name for name in there if name.startswith("frames/") and name.endswith(".json")])
+    assert 1 <= finished < 8
+    assert generate(run_of(out, identities=16)) == 0
     assert data_files(out) == undisturbed
-    assert len((out / "log.jsonl").read_text().splitlines()) <= 4  # what was done is not done again, but for the shard in hand
+    assert len((out / "log.jsonl").read_text().splitlines()) in (8, 7)  # nothing is made twice; the kill may lose the last line
 
 
 def test_a_finished_set_is_left_alone_and_no_generator_is_loaded(tmp_path, run_of, monkeypatch, capsys):
@@ -179,6 +183,19 @@ def test_other_settings_in_the_folder_stop_the_run_and_are_named(tmp_path, run_o
     with pytest.raises(ConfigError, match=r"a set can grow but not shrink"):
         generate(run_of(out, identities=4))
     assert data_files(out) == undisturbed
+
+
+def test_a_folder_without_a_finished_shard_can_be_used_for_other_settings(tmp_path, run_of, monkeypatch):
+    out, render = tmp_path / "set", worker.render_identity
+
+    def poisoned(genhead, recipe, config):
+        raise SampleError("not finite")
+
+    monkeypatch.setattr(worker, "render_identity", poisoned)
+    assert generate(run_of(out, seed=1)) == 1
+    monkeypatch.setattr(worker, "render_identity", render)
+    assert generate(run_of(out)) == 0
+    assert open_plan(out).seed == 0
 
 
 def test_a_shard_of_another_data_set_is_not_taken_for_done(tmp_path, run_of):

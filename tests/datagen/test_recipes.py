@@ -20,8 +20,9 @@ def flat(recipe):
     return torch.cat([part.flatten() for part in parts]).numpy()
 
 
-def test_an_identity_is_the_same_in_any_order_and_company():
-    config = RecipeConfig()
+@pytest.mark.parametrize("source", ["parametric", "studio"])
+def test_an_identity_is_the_same_in_any_order_and_company(source):
+    config = RecipeConfig(source=source)
     forward = [flat(draw_identity(config, 3, identity)) for identity in range(6)]
     backward = [flat(draw_identity(config, 3, identity)) for identity in reversed(range(6))]
     for one, other in zip(forward, reversed(backward)):
@@ -60,8 +61,9 @@ def test_a_shorter_latent_begins_a_longer_one():
     assert torch.equal(recipe.latent(64), recipe.latent(512)[:, :64])
 
 
-def test_every_label_is_well_formed_and_the_neck_is_at_rest():
-    config = RecipeConfig()
+@pytest.mark.parametrize("source", ["parametric", "studio"])
+def test_every_label_is_well_formed_and_the_neck_is_at_rest(source):
+    config = RecipeConfig(source=source)
     for identity in range(8):
         recipe = draw_identity(config, 0, identity)
         for drawn in recipe.motions:
@@ -108,9 +110,10 @@ def test_half_of_the_cameras_are_look_at_cameras_and_half_of_the_dynamic_jaws_ar
     assert all(0 <= float(motion.motion.jaw_pose[0, 0]) <= 0.2 for recipe in recipes for motion in recipe.motions)
 
 
+@pytest.mark.parametrize("source", ["parametric", "studio"])
 @pytest.mark.parametrize("probability", [0.0, 1.0])
-def test_no_camera_is_nearer_or_farther_than_the_stated_bounds(probability):
-    config = RecipeConfig(look_at_probability=probability, look_at=LookAtCameras(target_xy=0.2, target_z=(-0.3, 0.1)))
+def test_no_camera_is_nearer_or_farther_than_the_stated_bounds(probability, source):
+    config = RecipeConfig(source=source, look_at_probability=probability, look_at=LookAtCameras(target_xy=0.2, target_z=(-0.3, 0.1)))
     near, far = camera_distances(config)
     for identity in range(40):
         for motion in draw_identity(config, 0, identity).motions:
@@ -118,6 +121,17 @@ def test_no_camera_is_nearer_or_farther_than_the_stated_bounds(probability):
             distance = world_to_camera(torch.zeros(len(motion.cameras), 1, 3), camera)[:, 0, 2].abs()
             assert near <= distance.min() and distance.max() <= far
             assert torch.allclose(ray_bounds(camera, 1.3)[0], distance - 0.65)
+
+
+def test_the_studio_draws_its_own_shapes_and_motions_and_the_published_jaw_augmentation_applies():
+    recipes = [draw_identity(RecipeConfig(source="studio"), 0, identity) for identity in range(60)]
+    shapes = torch.cat([recipe.shape for recipe in recipes])
+    assert shapes[:, 200:].std() < 0.2 * shapes[:, :20].std()  # its components fade, the parametric ones do not
+    jaws = {True: [], False: []}
+    for recipe in recipes:
+        for motion in recipe.motions:
+            jaws[motion.draws["jaw_opened"]].append(float(motion.motion.jaw_pose[0, 0]))
+    assert 0 < max(jaws[True]) <= 0.2 and 0.07 < np.mean(jaws[True]) < 0.13 and len(jaws[True]) > 40
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
