@@ -16,20 +16,16 @@ from head3d.procedural import components, regions, sculpt
 from head3d.procedural.components import BLINK_CLOSES_AT as BLINK_CLOSES_AT
 
 # Index of each named component. Coefficients count standard deviations; blinks close the eye at BLINK_CLOSES_AT and open it wider below 0.
-SHAPES: dict[str, int] = {
-    name: index
-    for index, name in enumerate(
-        "head_width head_height face_length nose_length nose_width jaw_width chin brow eye_spacing eye_size lip_thickness mouth_width "
-        "cheek_bones forehead nose_bridge cheek_flesh ear_size neck_width".split()
-    )
-}
-EXPRESSIONS: dict[str, int] = {
-    name: index
-    for index, name in enumerate(
-        "smile pucker brow_raise blink_left blink_right frown mouth_corners_down mouth_stretch upper_lip_raise lower_lip_down "
-        "cheek_puff mouth_left squint lips_press".split()
-    )
-}
+_SHAPE_NAMES = (
+    "head_width", "head_height", "face_length", "nose_length", "nose_width", "jaw_width", "chin", "brow", "eye_spacing", "eye_size",
+    "lip_thickness", "mouth_width", "cheek_bones", "forehead", "nose_bridge", "cheek_flesh", "ear_size", "neck_width",
+)  # fmt: skip
+_EXPRESSION_NAMES = (
+    "smile", "pucker", "brow_raise", "blink_left", "blink_right", "frown", "mouth_corners_down", "mouth_stretch", "upper_lip_raise",
+    "lower_lip_down", "cheek_puff", "mouth_left", "squint", "lips_press",
+)  # fmt: skip
+SHAPES: dict[str, int] = {name: index for index, name in enumerate(_SHAPE_NAMES)}
+EXPRESSIONS: dict[str, int] = {name: index for index, name in enumerate(_EXPRESSION_NAMES)}
 _METRES_PER_MM = 1e-3
 _DECIMALS = 9  # nanometres: what lies below differs between linear-algebra libraries and would change the head's content hash
 
@@ -48,7 +44,7 @@ def build_procedural_head() -> dict[str, np.ndarray]:
     below = parts.below_mouth(head)
     names_shape, shape = components.shape_components(head, SHAPE_SIZE)
     names_expression, expression = components.expression_components(head, below, EXPRESSION_SIZE)
-    assert names_shape == list(SHAPES) and names_expression == list(EXPRESSIONS)
+    assert names_shape == list(_SHAPE_NAMES) and names_expression == list(_EXPRESSION_NAMES)
     landmark_faces, landmark_weights = regions.landmarks(head)
     directions = np.concatenate([shape, expression], axis=2) * _METRES_PER_MM
     origin = sculpt.NECK_JOINT * [0.0, 1.0, 0.0]  # the neck joint's height; depth stays midway between the ears

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
 from head3d.procedural import openings, sculpt, surface
-
-LINING_RINGS = 8
 
 
 class Assembly(NamedTuple):
@@ -34,7 +33,7 @@ def _rings(loop: np.ndarray, first: int, count: int) -> tuple[np.ndarray, np.nda
     """Ids [count, M] of new rings that continue a loop, and the faces between them."""
     ids = first + np.arange(count * len(loop)).reshape(count, len(loop))
     rows = [loop, *ids]
-    return ids, np.concatenate([openings.bridge(a, b) for a, b in zip(rows[:-1], rows[1:], strict=True)])
+    return ids, np.concatenate([openings.bridge(a, b) for a, b in itertools.pairwise(rows)])
 
 
 def assemble() -> Assembly:

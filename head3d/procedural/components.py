@@ -37,7 +37,7 @@ def shape_brushes(p: np.ndarray) -> dict[str, np.ndarray]:
     above_neck = smoothstep(y, -130.0, -40.0)
     slit = np.tanh((y - sculpt.slit_height(np.clip(x, -25, 25))) / 5.0)
     lips = brush(p, (0, -33, 98), (20, 10, 18))
-    big_eyes = sum((smoothstep(np.linalg.norm(p - eye, axis=1), 30.0, 16.0)[:, None] * (p - eye) for eye in _EYES))
+    big_eyes = sum(smoothstep(np.linalg.norm(p - eye, axis=1), 30.0, 16.0)[:, None] * (p - eye) for eye in _EYES)
     ear = brush(p, (80, 20, -14), (16, 26, 18), both_sides=True)
     return {
         "head_width": _vector(above_neck, 0.034 * x, 0.0, 0.0),
@@ -68,6 +68,7 @@ def expression_brushes(p: np.ndarray, below: np.ndarray, assembly: Assembly) -> 
     corner = brush(p, (25, -33, 86), (10, 10, 16), both_sides=True)
     cheek = brush(p, (37, 2, 74), (13, 11, 16), both_sides=True)
     mouth = brush(p, (0, -33, 96), (22, 15, 22))
+    nose_wings = brush(p, (15, -4, 94), (7, 8, 10), both_sides=True)
     brows = brush(p, (28, 60, 80), (22, 11, 20), both_sides=True)
     upper, lower = brush(p, (0, -27, 100), (15, 10, 18)) * (1.0 - below), brush(p, (0, -38, 98), (15, 10, 18)) * below
     return {
@@ -79,13 +80,18 @@ def expression_brushes(p: np.ndarray, below: np.ndarray, assembly: Assembly) -> 
         "frown": _vector(brush(p, (13, 55, 88), (10, 8, 16), both_sides=True), -1.2 * side, -1.5, 0.4),
         "mouth_corners_down": _vector(corner, 0.4 * side, -2.2, -0.4),
         "mouth_stretch": _vector(corner, 2.3 * side, -0.3, -1.6),
-        "upper_lip_raise": _vector(upper, 0.0, 1.7, 0.2) + _vector(brush(p, (15, -4, 94), (7, 8, 10), both_sides=True), 0.3 * side, 0.7, 0.0),
+        "upper_lip_raise": _vector(upper, 0.0, 1.7, 0.2) + _vector(nose_wings, 0.3 * side, 0.7, 0.0),
         "lower_lip_down": _vector(lower, 0.0, -1.8, 0.1),
         "cheek_puff": _vector(brush(p, (36, -28, 66), (13, 15, 18), both_sides=True), 2.4 * side, 0.0, 1.7),
         "mouth_left": _vector(brush(p, (0, -34, 94), (22, 16, 24)), 2.1, 0.0, 0.0),
-        "squint": sum((0.35 * blink(p, assembly, eye, upper=0.35) for eye in (0, 1))) + _vector(cheek, 0.0, 0.8, 0.3),
+        "squint": _squint_lids(p, assembly) + _vector(cheek, 0.0, 0.8, 0.3),
         "lips_press": _vector(brush(p, (0, -33, 101), (19, 9, 10)), 0.0, -1.0 * np.tanh((p[:, 1] + 33.0) / 5.0), -1.2),
     }
+
+
+def _squint_lids(p: np.ndarray, assembly: Assembly) -> np.ndarray:
+    """The lids' share of a squint: the lower lids rise, the upper ones hardly move."""
+    return sum(0.35 * blink(p, assembly, eye, upper=0.35) for eye in (0, 1))
 
 
 def blink(p: np.ndarray, assembly: Assembly, eye: int, upper: float = 1.0) -> np.ndarray:
@@ -106,7 +112,7 @@ def blink(p: np.ndarray, assembly: Assembly, eye: int, upper: float = 1.0) -> np
     fold_top, fold_bottom = np.deg2rad(55.0), np.deg2rad(40.0)
     share_top = np.clip(1.0 - (angle - angle_top) / fold_top, 0.0, 1.0) ** 1.5
     share_bottom = np.clip(1.0 - (angle_bottom - angle) / fold_bottom, 0.0, 1.0) ** 1.5
-    turn = np.where(is_upper, upper * np.minimum(share_top, 1.0) * (meet - angle_top), np.minimum(share_bottom, 1.0) * (meet - angle_bottom))
+    turn = np.where(is_upper, upper * share_top * (meet - angle_top), share_bottom * (meet - angle_bottom))
     turn *= smoothstep(np.linalg.norm(q, axis=1), 23.0, 17.0) * (q[:, 2] > -2.0)
     turned = np.stack([q[:, 0], radius * np.sin(angle + turn), radius * np.cos(angle + turn)], 1)
     moved = np.zeros(len(p), bool)
@@ -133,8 +139,10 @@ def carry_eyes(field: np.ndarray, p: np.ndarray, assembly: Assembly) -> np.ndarr
     return result
 
 
-def _random_fields(p: np.ndarray, count: int, widths: tuple[float, float], centres: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Smooth random fields [N, 3, count]: sums of six Gaussians whose width falls from widths[0] to widths[1]; two of three are symmetric."""
+def _random_fields(
+    p: np.ndarray, count: int, widths: tuple[float, float], centres: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Smooth random fields [N, 3, count]: sums of six Gaussians of falling width (first, last); two of three are symmetric."""
     fields = np.empty((len(p), 3, count))
     for k in range(count):
         width = widths[0] * (widths[1] / widths[0]) ** (k / max(count - 1, 1))
@@ -159,7 +167,8 @@ def _complete(named: dict[str, np.ndarray], extra: np.ndarray, strength_mm: np.n
     """All components [N, 3, named + K]; the random ones get the given root mean square displacement over the head."""
     first = np.stack(list(named.values()), axis=2)
     count = len(first)
-    rest = _orthogonal_to(first.reshape(3 * count, -1), extra.reshape(3 * count, -1))
+    rigid = [i for i, name in enumerate(named) if name != "eye_size"]  # subtracting it would let lids slip over the eyeball
+    rest = _orthogonal_to(first[:, :, rigid].reshape(3 * count, -1), extra.reshape(3 * count, -1))
     rest = rest * strength_mm * np.sqrt(count)
     return np.concatenate([first, rest.reshape(count, 3, -1)], axis=2)
 
@@ -182,13 +191,13 @@ def expression_components(assembly: Assembly, below: np.ndarray, count: int) -> 
     follows = np.ones(len(p))
     for ring, ids in enumerate(assembly.lining):
         follows[ids] = (1.0, 0.9, 0.6, 0.3, 0.0, 0.0, 0.0, 0.0)[ring]
-    for ids in (assembly.throat, assembly.upper_teeth, assembly.lower_teeth, assembly.tongue, assembly.left_eyeball, assembly.right_eyeball):
-        follows[ids] = 0.0
+    still = (assembly.upper_teeth, assembly.lower_teeth, assembly.tongue, assembly.left_eyeball, assembly.right_eyeball)
+    follows[np.concatenate([[assembly.throat], *still])] = 0.0
     away = (1.0 - np.maximum(*_near_eyes(p, 16.5, 26.0))) * follows
     named = expression_brushes(p, below, assembly)
     for name in named:
         if name == "squint":
-            lids = sum((0.35 * blink(p, assembly, eye, upper=0.35) for eye in (0, 1)))
+            lids = _squint_lids(p, assembly)
             named[name] = lids + (named[name] - lids) * away[:, None]
         elif not name.startswith("blink"):
             named[name] = named[name] * away[:, None]

@@ -146,9 +146,18 @@ def tongue() -> Patch:
 
 
 # Cross sections of the ear along a spoke, from the concha to the root: reach (1 = outline) and height above the ear's plane in mm.
-_EAR_BACK = np.array([(0, -3), (0.28, -4), (0.46, -1.5), (0.58, 3.5), (0.68, 4.0), (0.78, 1.8), (0.88, 2.2), (0.96, 5.0), (1.0, 3.0), (0.95, -1.5), (0.72, -6.0)])
-_EAR_LOBE = np.array([(0, -3), (0.25, -3.5), (0.38, 0.5), (0.48, 3.0), (0.60, 2.2), (0.72, 2.2), (0.84, 2.5), (0.95, 2.2), (1.0, 0.6), (0.94, -1.2), (0.72, -3.0)])
-_EAR_FRONT = np.array([(0, -3), (0.25, -3.5), (0.45, -2.5), (0.65, 0.5), (0.85, 3.2), (0.95, 3.6), (1.05, 2.8), (1.15, 1.5), (1.3, 0.4), (1.5, 0.0), (1.7, 0.0)])
+_EAR_BACK = np.stack(  # toward the back and the top: concha, antihelix, scapha, helix, back
+    [(0.0, 0.28, 0.46, 0.58, 0.68, 0.78, 0.88, 0.96, 1.0, 0.95, 0.72), (-3.0, -4.0, -1.5, 3.5, 4.0, 1.8, 2.2, 5.0, 3.0, -1.5, -6.0)],
+    axis=1,
+)
+_EAR_LOBE = np.stack(  # toward the lobe
+    [(0.0, 0.25, 0.38, 0.48, 0.6, 0.72, 0.84, 0.95, 1.0, 0.94, 0.72), (-3.0, -3.5, 0.5, 3.0, 2.2, 2.2, 2.5, 2.2, 0.6, -1.2, -3.0)],
+    axis=1,
+)
+_EAR_FRONT = np.stack(  # toward the cheek: concha, tragus, head
+    [(0.0, 0.25, 0.45, 0.65, 0.85, 0.95, 1.05, 1.15, 1.3, 1.5, 1.7), (-3.0, -3.5, -2.5, 0.5, 3.2, 3.6, 2.8, 1.5, 0.4, 0.0, 0.0)],
+    axis=1,
+)
 
 
 def left_ear(disk: np.ndarray, spokes: int) -> np.ndarray:
@@ -171,7 +180,8 @@ def left_ear(disk: np.ndarray, spokes: int) -> np.ndarray:
     lifted[0] = origin - 3.0 * out
     for ring in range(rings - 1):
         ids = 1 + ring * spokes + np.arange(spokes)
-        section = (1 - front - lobe)[:, None] * _EAR_BACK[ring + 1] + lobe[:, None] * _EAR_LOBE[ring + 1] + front[:, None] * _EAR_FRONT[ring + 1]
+        back_part = (1.0 - front - lobe)[:, None] * _EAR_BACK[ring + 1]
+        section = back_part + lobe[:, None] * _EAR_LOBE[ring + 1] + front[:, None] * _EAR_FRONT[ring + 1]
         reach, height = section[:, :1], section[:, 1:]
         free = origin + reach * (u[:, None] * back + v[:, None] * up) + height * out
         attach = (front * np.clip((ring - 4) / 5.0, 0.0, 1.0))[:, None]  # toward the cheek the ear runs out on the head

@@ -59,7 +59,8 @@ def brow_height(x: np.ndarray) -> np.ndarray:
 def landmarks(assembly: Assembly) -> tuple[np.ndarray, np.ndarray]:
     """Face ids [70] and barycentric weights [70, 3]: iBUG's 68 from the person's right to the left, then the right and left pupil."""
     skin = assembly.skin
-    jaw = [(69, 20, 14), (68, 4, 14), (65, -14, 15), (62, -30, 18), (55, -46, 28), (46, -57, 42), (34, -67, 60), (18, -74, 79), (0, -75, 88)]
+    jaw_side = [(69, 20, 14), (68, 4, 14), (65, -14, 15), (62, -30, 18), (55, -46, 28), (46, -57, 42), (34, -67, 60), (18, -74, 79)]
+    jaw = [*jaw_side, (0, -75, 88)]
     brow_x = np.array([50.0, 43.0, 34.0, 23.0, 11.0])
     brow = np.stack([brow_x, brow_height(brow_x), np.array([62.0, 72.0, 82.0, 90.0, 95.0])], 1)
     nose = [(0, 40, 90), (0, 27, 96), (0, 13, 102), (0, 1, 117)]

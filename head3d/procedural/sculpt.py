@@ -101,11 +101,11 @@ def _face_relief(p: np.ndarray) -> np.ndarray:
 def _skull_and_flesh(p: np.ndarray, a: np.ndarray) -> np.ndarray:
     """Cranium, face, jaw and neck without eyes, nose and lips; `a` is p with |x|."""
     d = ellipsoid(p, (0, 62, -28), (74.5, 77, 74))  # back of the cranium
-    d = smooth_min(d, ellipsoid(p, (0, 66, 16), (64, 77, 73)), 30.0)  # forehead
+    d = smooth_min(d, ellipsoid(p, (0, 66, 16), (65.5, 77, 73)), 34.0)  # forehead
     d = smooth_min(d, ellipsoid(p, (0, 4, 28), (57, 76, 58)), 26.0)  # mid face
-    d = smooth_min(d, ellipsoid(a, (43, 15, 52), (20, 12, 22)), 20.0)  # cheek bone
-    d = smooth_min(d, capsule(a, (51, 14, 6), (43, -34, 11), 13, 9), 22.0)  # ramus of the jaw
-    d = smooth_min(d, capsule(a, (41, -35, 14), (12, -60, 75), 10, 11), 22.0)  # body of the jaw
+    d = smooth_min(d, ellipsoid(a, (42, 13, 52), (19, 13, 22)), 24.0)  # cheek bone
+    d = smooth_min(d, capsule(a, (50, 14, 6), (42, -34, 11), 13, 9), 26.0)  # ramus of the jaw
+    d = smooth_min(d, capsule(a, (40, -35, 14), (12, -60, 75), 10, 11), 26.0)  # body of the jaw
     d = smooth_min(d, ellipsoid(p, (0, -59, 80), (16, 14, 16)), 14.0)  # chin
     d = smooth_min(d, ellipsoid(p, (0, -26, 64), (32, 30, 35)), 16.0)  # tooth-bearing part
     d = smooth_min(d, ellipsoid(a, (30, -8, 58), (25, 26, 25)), 16.0)  # cheek
@@ -118,11 +118,10 @@ def _skull_and_flesh(p: np.ndarray, a: np.ndarray) -> np.ndarray:
 def _nose(p: np.ndarray, a: np.ndarray) -> np.ndarray:
     d = capsule(p, (0, 44, 81), (0, 22, 92.5), 7.5, 7.0)
     d = smooth_min(d, capsule(p, (0, 22, 93), (0, 4, 104.5), 7.0, 7.0), 6.0)
-    d = smooth_min(d, capsule(a, (5.5, 34, 76), (9.0, 4, 92), 8.0, 8.5), 9.0)  # side walls
+    d = smooth_min(d, capsule(a, (4.0, 36, 78), (7.5, 6, 91), 7.5, 8.0), 10.0)  # side walls
     d = smooth_min(d, ellipsoid(p, (0, 0.5, 105.5), (9.0, 8.0, 10.5)), 7.0)  # tip
-    d = smooth_min(d, ellipsoid(a, (10.8, -3.2, 96.5), (6.6, 6.6, 9.0)), 4.0)  # wings
-    d = smooth_min(d, capsule(p, (0, -5.0, 106), (0, -11.0, 97), 3.6, 4.2), 4.0)  # columella
-    return d
+    d = smooth_min(d, ellipsoid(a, (10.6, -3.4, 96.5), (6.4, 6.4, 8.6)), 5.0)  # wings
+    return smooth_min(d, capsule(p, (0, -5.0, 106), (0, -11.0, 97), 3.6, 4.2), 4.0)  # columella
 
 
 def signed_distance(p: np.ndarray) -> np.ndarray:

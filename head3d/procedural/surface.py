@@ -8,6 +8,7 @@ Directions are mirror symmetric. Lengths in mm.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +106,7 @@ def _midline() -> np.ndarray:
     points = sculpt.cast(directions, steps=40)
     step = np.linalg.norm(np.diff(points, axis=0), axis=1) / spacing(0.5 * (points[1:] + points[:-1]))
     travelled = np.concatenate([[0.0], np.cumsum(step)])
-    wanted = np.linspace(0.0, travelled[-1], int(round(travelled[-1])) + 1)[1:-1]
+    wanted = np.linspace(0.0, travelled[-1], round(float(travelled[-1])) + 1)[1:-1]
     at = np.interp(wanted, travelled, angle)
     return np.stack([np.zeros_like(at), np.sin(at), np.cos(at)], axis=1)
 
@@ -138,7 +139,7 @@ def _fill(fixed: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     wanted = spacing(points)
     alive = (points[:, 0] > 0.45 * wanted) & ~_in_rows(points) & (cKDTree(fixed).query(pool)[0] > 0.019)
     tree = cKDTree(points)
-    for near, radius in zip(tree.query_ball_point(held, 0.8 * spacing(held)), held, strict=True):
+    for near in tree.query_ball_point(held, 0.8 * spacing(held)):
         alive[near] = False
     chosen = []
     for i in range(len(pool)):
@@ -181,7 +182,7 @@ def _ear_faces(ear: np.ndarray) -> np.ndarray:
     """Triangles of the left ear's disk along its rings and spokes (rings run counter-clockwise seen from outside)."""
     rings = ear[1:].reshape(EAR_RINGS, EAR_SPOKES)
     faces = [np.stack([rings[0], np.roll(rings[0], -1), np.full(EAR_SPOKES, ear[0])], 1)]
-    for inner, outer in zip(rings[:-1], rings[1:], strict=True):
+    for inner, outer in itertools.pairwise(rings):
         following_in, following_out = np.roll(inner, -1), np.roll(outer, -1)
         faces += [np.stack([outer, following_out, inner], 1), np.stack([following_out, following_in, inner], 1)]
     return np.concatenate(faces)
