@@ -271,10 +271,12 @@ def check_finite(scalars: dict[str, float], images_seen: int, out: Path) -> None
 
 
 def preview_batch(config: ReconstructorRun, dataset: ShardDataset) -> Batch:
-    """Held-out samples to look at (training samples if there is no validation split with both kinds), always the same."""
-    settings = dataclasses.replace(config.batches, size=4, static_share=float(config.batches.static_share >= 1), threads=0)
-    kinds = {frame.kind for frame in dataset.frames if frame.split == "val"}
-    split = "val" if ("static" if settings.static_share else "dynamic") in kinds else "train"
+    """Held-out samples to look at (training samples if the validation split cannot form any), always the same."""
+    static = config.batches.static_share == 1
+    settings = dataclasses.replace(config.batches, size=4, static_share=float(static), threads=0)
+    held_out = [frame for frame in dataset.frames if frame.split == "val" and (frame.kind == "static") == static]
+    enough = any(frame.views > 1 for frame in held_out) if static else len({frame.identity for frame in held_out}) < len(held_out)
+    split = "val" if enough else "train"
     members = {"opacity", "depth"} & members_needed(config.losses, 0)
     with BatchStream(dataset, settings, config.seed, lambda seen: members, split=split, driver_image=True) as batches:
         return next(batches)
@@ -302,9 +304,9 @@ def preview_picture(model: Reconstructor, batch: Batch) -> np.ndarray:
 
 
 def depth_picture(depth: Tensor, camera: Camera, side: int, box_side: float) -> np.ndarray:
-    """Ray distances [B, 1, R, R] (scene units) as pictures uint8 [B, side, side, 3], near to far of the head's half of the box."""
-    origin = camera.c2w[:, :3, 3].norm(dim=1)[:, None, None, None]
-    resized = torch.nn.functional.interpolate(depth - origin, size=(side, side), mode="nearest")
+    """Ray distances [B, 1, R, R] (scene units) as pictures uint8 [B, side, side, 3]; near is bright, over the depth of the box."""
+    nearness = camera.c2w[:, :3, 3].norm(dim=1)[:, None, None, None] - depth
+    resized = torch.nn.functional.interpolate(nearness, size=(side, side), mode="nearest")
     return colorize(resized[:, 0], -box_side / 2, box_side / 2)
 
 
