@@ -72,7 +72,7 @@ def expression_brushes(p: np.ndarray, below: np.ndarray, assembly: Assembly) -> 
     brows = brush(p, (28, 60, 80), (22, 11, 20), both_sides=True)
     upper, lower = brush(p, (0, -27, 100), (15, 10, 18)) * (1.0 - below), brush(p, (0, -38, 98), (15, 10, 18)) * below
     return {
-        "smile": _vector(corner, 2.4 * side, 2.7, -1.8) + _vector(cheek, 0.5 * side, 1.5, 0.8),
+        "smile": _vector(corner, 2.3 * side, 2.6, -1.9) + _vector(cheek, 0.7 * side, 2.0, 1.2),
         "pucker": _vector(mouth, -0.10 * x, 0.0, 0.0) + _vector(brush(p, (0, -33, 99), (14, 11, 18)), 0.0, 0.0, 1.7),
         "brow_raise": _vector(brows, 0.0, 2.1, -0.2),
         "blink_left": blink(p, assembly, 0),

@@ -81,7 +81,7 @@ def _lips(p: np.ndarray) -> np.ndarray:
     pads = 1.0 + 0.10 * bell(np.abs(x) - 8.0, 6.0)
     out = 3.3 * reach**0.7 * tubercle * roll_upper + 4.1 * reach**0.8 * pads * roll_lower
     out -= 1.3 * reach**0.3 * bell(s, 1.3)
-    out -= 2.2 * bell(np.hypot(np.abs(x) - 26.0, (p[:, 1] + 33.0) * 1.2), 4.5)  # pits at the corners
+    out -= 1.5 * bell(np.hypot(np.abs(x) - 26.0, (p[:, 1] + 33.0) * 1.2), 5.5)  # pits at the corners
     return out
 
 
@@ -118,9 +118,9 @@ def _skull_and_flesh(p: np.ndarray, a: np.ndarray) -> np.ndarray:
 def _nose(p: np.ndarray, a: np.ndarray) -> np.ndarray:
     d = capsule(p, (0, 44, 81), (0, 22, 92.5), 7.5, 7.0)
     d = smooth_min(d, capsule(p, (0, 22, 93), (0, 4, 104.5), 7.0, 7.0), 6.0)
-    d = smooth_min(d, capsule(a, (4.0, 36, 78), (7.5, 6, 91), 7.5, 8.0), 10.0)  # side walls
+    d = smooth_min(d, capsule(a, (3.5, 38, 79), (6.0, 4, 92), 6.5, 7.0), 13.0)  # side walls
     d = smooth_min(d, ellipsoid(p, (0, 0.5, 105.5), (9.0, 8.0, 10.5)), 7.0)  # tip
-    d = smooth_min(d, ellipsoid(a, (10.6, -3.4, 96.5), (6.4, 6.4, 8.6)), 5.0)  # wings
+    d = smooth_min(d, ellipsoid(a, (10.8, -3.6, 96.0), (6.4, 6.6, 8.8)), 6.0)  # wings
     return smooth_min(d, capsule(p, (0, -5.0, 106), (0, -11.0, 97), 3.6, 4.2), 4.0)  # columella
 
 
