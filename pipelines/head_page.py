@@ -52,8 +52,8 @@ class Tile(NamedTuple):
     shape: Tensor  # [1, 300]
     motion: Motion
     yaw_deg: float = 0.0
-    zoom: float = 1.15  # 1 is the published framing
-    height: float = 0.06  # of the picture's centre above the neck joint, scene units
+    zoom: float = 1.05  # 1 is the published framing
+    height: float = 0.02  # of the picture's centre above the neck joint, scene units
 
 
 def main(config: HeadPage) -> None:
