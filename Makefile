@@ -12,11 +12,11 @@ export PYTHONUNBUFFERED = 1
 
 # Renewed when the pinned versions or the package's own description change; written last, so a broken-off set-up is taken up again.
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' -)
-STAGES := demo head-page portraits genhead datagen verify reconstructor evaluate drive report
+STAGES := demo head-page portraits genhead datagen verify reconstructor evaluate drive report bench
 # CONFIG if given, else configs/<stage>_tiny.yaml where there is one
 SETTINGS = $(or $(CONFIG),$(wildcard configs/$(subst -,_,$@)_tiny.yaml))
 
-.PHONY: help install test test-gpu lint bench $(STAGES)
+.PHONY: help install test test-gpu lint $(STAGES)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,7 @@ reconstructor: ## train the one-shot reconstructor
 evaluate: ## measure a reconstructor on held-out identities
 drive: ## animate one picture with a sequence of motions
 report: ## gather a run into one page: make report ARGS=DIR
+bench: ## time the parts that set the pace beside what the machine could do
 
 $(STAGES): $(STAMP)
 	@$(VENV)/bin/python -m pipelines $@ $(if $(SETTINGS),--config $(SETTINGS)) $(ARGS)
@@ -62,6 +63,3 @@ test-gpu: $(STAMP) ## only the tests that need a CUDA device; lists them where t
 lint: $(STAMP) ## ruff: rules and formatting
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-
-bench: $(STAMP) ## time the parts beside their physical limits
-	@$(VENV)/bin/python -m pipelines.bench $(ARGS)

@@ -35,6 +35,7 @@ COMMANDS = {
     "drive": Command("pipelines.drive", "animate one picture with a sequence of motions"),
     "report": Command("pipelines.report", "gather a run's pictures, curves and numbers into one page"),
     "parity": Command("pipelines.parity", "compare the published architecture with reference numbers"),
+    "bench": Command("pipelines.bench", "time the parts that set the pace beside what the machine could do"),
 }
 
 _USAGE = """usage: headfoundry COMMAND [--config FILE] [--section.key value ...] [--dry-run]

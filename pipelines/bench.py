@@ -1,0 +1,168 @@
+"""`headfoundry bench`: time the parts that set the pace, each beside what the machine could do at best."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from head3d.cameras import camera_rays, frontal
+from head3d.deformation import Deformation
+from head3d.head_model import load_head_model
+from head3d.labels import Motion
+from head3d.rasterize import rasterize
+from head3d.run.config import NonNegativeInt, PositiveInt
+from head3d.run.files import write_atomic
+from head3d.run.seeding import torch_generator
+from head3d.triplane import sample_planes
+
+POINTS = 64 * 64 * 48  # of one picture at 64 x 64 rays: 196,608
+BOX_SIDE = 1.3
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchRun:
+    """Print a table and write it as JSON with machine, versions and date."""
+
+    out: Path = Path("runs/bench.json")  # the table as JSON
+    repeats: PositiveInt = 10  # timings of each row, of which the shortest counts
+    threads: NonNegativeInt = 1  # CPU threads of torch; 0 leaves its default
+    head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    part: str
+    seconds: float
+    limit_s: float  # what the machine's arithmetic or memory alone would take; 0 where none is known
+    limit: str  # what the limit is made of
+
+
+def main(config: BenchRun) -> None:
+    """Measure on the CPU, print, write `config.out`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with torch.inference_mode():
+        table = measure(config)
+    width = max(len(row.part) for row in table)
+    print(f"{'part':{width}} {'ms':>9} {'limit ms':>9}  of the limit")
+    for row in table:
+        share = f"{row.limit_s / row.seconds:7.0%}" if row.limit_s else "      -"
+        print(f"{row.part:{width}} {row.seconds * 1e3:9.2f} {row.limit_s * 1e3:9.2f} {share}  {row.limit}")
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "processor": processor(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "rows": [row._asdict() for row in table],
+    }
+    write_atomic(config.out, json.dumps(record, indent=1) + "\n")
+    print(f"Written to {config.out}")
+
+
+def measure(config: BenchRun) -> list[Row]:
+    """The rows, in the order of the pipeline: machine, head, field, network, picture."""
+    generator = torch_generator(0, "bench")
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def timed(work: Callable[[], object]) -> float:
+        return fastest_seconds(work, config.repeats)
+
+    matrix, block = draw(1024, 1024), draw(1 << 24)
+    flops = 2 * 1024**3 / timed(lambda: matrix @ matrix)
+    bandwidth = 2 * 4 * block.numel() / timed(block.clone)
+    rows = [
+        Row("matrix product 1024", 2 * 1024**3 / flops, 0.0, f"{flops / 1e9:.0f} GFLOP/s"),
+        Row("copy 64 MiB", 8 * block.numel() / bandwidth, 0.0, f"{bandwidth / 1e9:.1f} GB/s"),
+    ]
+
+    head, camera, rest = load_head_model(config.head_model), frontal(1), Motion.neutral(1)
+    shape, deformation = torch.zeros(1, 300), Deformation(head)
+    vertices, posed = head.vertices(shape, rest), deformation.prepare(shape, rest)
+    blended = 4 * 3 * head.canonical_vertices.shape[0] * (300 + 100 + 36)
+    rows += [
+        Row("head: vertices of one motion", timed(lambda: head.vertices(shape, rest)), blended / bandwidth, "reading the components once"),
+        Row("head: rasterise 512 x 512", timed(lambda: rasterize(vertices, head.faces, camera, 512)), 0.0, ""),
+        Row("deformation: prepare one head", timed(lambda: deformation.prepare(shape, rest)), 0.0, ""),
+    ]
+
+    origins, directions = camera_rays(camera, 64)
+    depths = origins.norm(dim=-1, keepdim=True) + torch.linspace(-BOX_SIDE / 2, BOX_SIDE / 2, 48)
+    points = (origins[:, :, None] + depths[..., None] * directions[:, :, None]).reshape(1, POINTS, 3)
+    planes, moved = draw(1, 3, 32, 256, 256), 4 * 32 * POINTS * (3 * 4 + 1)
+    rows += [
+        Row("deformation: 64 x 64 x 48 points", timed(lambda: deformation.to_canonical(points, posed, "head")), 0.0, ""),
+        Row(
+            "planes: sample those points",
+            timed(lambda: sample_planes(planes, points, BOX_SIDE)),
+            moved / bandwidth,
+            "four texels a plane, one result",
+        ),
+    ]
+
+    hidden, weights = draw(POINTS, 32), draw(64, 32)
+    rows.append(
+        Row("decoder: first layer", timed(lambda: F.softplus(F.linear(hidden, weights))), 2 * POINTS * 32 * 64 / flops, "arithmetic")
+    )
+    for channels, resolution in ((512, 32), (128, 128)):
+        image, kernel = draw(1, channels, resolution, resolution), draw(channels, channels, 3, 3)
+        arithmetic = 2 * 9 * channels**2 * resolution**2 / flops
+        seconds = timed(lambda image=image, kernel=kernel: F.conv2d(image, kernel, padding=1))
+        rows.append(
+            Row(f"convolution {channels} channels, {resolution} x {resolution}", seconds, arithmetic, "arithmetic as a plain product")
+        )
+    return rows + picture_rows(timed)
+
+
+def picture_rows(timed: Callable[[Callable[[], object]], float]) -> list[Row]:
+    """The codec, which sets the pace of writing and reading shards."""
+    import simplejpeg
+
+    smooth = F.interpolate(torch.rand(1, 3, 32, 32, generator=torch_generator(0, "picture")), size=512, mode="bicubic").clamp(0, 1)
+    pixels = np.ascontiguousarray((smooth[0] * 255).byte().permute(1, 2, 0).numpy())
+    coded = simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444")
+    return [
+        Row(
+            "JPEG: write 512 x 512",
+            timed(lambda: simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444")),
+            0.0,
+            f"{len(coded)} bytes",
+        ),
+        Row("JPEG: read 512 x 512", timed(lambda: simplejpeg.decode_jpeg(coded)), 0.0, ""),
+    ]
+
+
+def fastest_seconds(work: Callable[[], object], repeats: int) -> float:
+    """The shortest wall time of `work` after one call that does not count: what else the machine does only lengthens it."""
+    work()
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    description = Path("/proc/cpuinfo")
+    if description.exists():
+        for line in description.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+CONFIG = BenchRun
