@@ -72,7 +72,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
     file, dry_run, settings = split_arguments(arguments)
-    # Read when NumPy is loaded, and inherited by workers: what is computed with linear algebra, as the built-in head, has the same bits in all.
+    # Read when NumPy is loaded, and inherited by workers: what linear algebra computes, as the built-in head, has the same bits in all.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from head3d.run.config import resolve, yaml_text
 
