@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -178,10 +179,11 @@ def _ray_session(config: DatagenRun) -> Iterator[object]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unless the user says so
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if config.address is not None:
+        _check_answers(config.address)
         try:
             ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"address: no Ray cluster answers at {config.address!r} ({error}); start one with `ray start --head`, or leave address out") from error
+            raise ConfigError(_no_cluster(config.address, error)) from error
     else:
         ray.init(
             num_cpus=config.workers,
@@ -194,6 +196,20 @@ def _ray_session(config: DatagenRun) -> Iterator[object]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for minutes for a cluster that is not there."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConfigError(_no_cluster(address, error)) from error
+
+
+def _no_cluster(address: str, error: Exception) -> str:
+    return f"address: no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, or leave address out"
 
 
 def _sweep(out: Path) -> None:
@@ -223,5 +239,7 @@ def _only_writer(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(f"{out}: another `headfoundry datagen` is writing to this folder; wait for it, or choose another --out") from error
+            raise DataError(
+                f"{out}: another `headfoundry datagen` is writing to this folder; wait for it, or choose another --out"
+            ) from error
         yield

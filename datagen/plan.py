@@ -25,6 +25,10 @@ from head3d.run.config import config_hash, from_dict, to_dict
 from head3d.run.errors import ConfigError, DataError
 from head3d.run.files import write_atomic
 
+_UNITS = (
+    "lengths in scene units (FLAME metres x 3), origin at the canonical neck joint, y up, face to +z; "
+    "angles in radians; depth along unit rays"
+)
 _NOTICE = "Synthetic: every picture was made by a neural network. None shows a real person or event."
 
 
@@ -112,8 +116,8 @@ class Plan:
             },
             "depth": {"near": self.scales.near, "far": self.scales.far},
             "box_side": self.scales.box_side,
-            "units": "lengths in scene units (FLAME metres x 3), origin at the canonical neck joint, y up, face to +z; angles in radians; depth along unit rays",
-            "split_rule": f"{self.recipe.split_rule}: val {self.recipe.val_share:g}, test {self.recipe.test_share:g} of the identities; nothing is shared",
+            "units": _UNITS,
+            "split_rule": f"{self.recipe.split_rule}: {self.recipe.val_share:g} of the identities val, {self.recipe.test_share:g} test",
             "versions": versions(self.device),
         }  # fmt: skip
 
@@ -143,7 +147,9 @@ class Plan:
         except KeyError as error:
             raise DataError(f"{where}: the entry {error} is missing; the file was changed or comes from another program") from error
         if plan.hash != manifest["config_hash"]:
-            raise DataError(f"{where}: its settings have the hash {plan.hash}, it states {manifest['config_hash']}; the file was changed, restore it")
+            raise DataError(
+                f"{where}: its settings have the hash {plan.hash}, it states {manifest['config_hash']}; the file was changed, restore it"
+            )
         return plan
 
 
@@ -191,7 +197,7 @@ def shard_is_done(out: Path, plan: Plan, shard: int) -> bool:
         content = read_sidecar(sidecar, family, shard)
         if content["config_hash"] != plan.hash:
             raise ConfigError(
-                f"{sidecar}: expected a shard of settings {plan.hash}, got {content['config_hash']}; files of two data sets are mixed here: "
+                f"{sidecar}: expected a shard of settings {plan.hash}, got {content['config_hash']}; two data sets are mixed here: "
                 "choose another --out, or delete this file and its tar"
             )
         if content["identities"] != plan.sidecar_facts(shard)["identities"] or content["bytes"] != tar.stat().st_size:

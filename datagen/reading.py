@@ -104,7 +104,9 @@ class ShardDataset:
             except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
                 raise DataError(f"{path}: could not be opened ({error}); {remedy(Path(path))}") from error
             if len(mapped) != self._bytes[path]:
-                raise DataError(f"{path}: expected {self._bytes[path]} bytes, got {len(mapped)}: cut short or from elsewhere; {remedy(Path(path))}")
+                raise DataError(
+                    f"{path}: expected {self._bytes[path]} bytes, got {len(mapped)}: cut short or from elsewhere; {remedy(Path(path))}"
+                )
             self._maps[path] = mapped
             if len(self._maps) > _OPEN_FILES:
                 self._maps.popitem(last=False)  # unmapped when the last reader lets go of it
@@ -176,7 +178,9 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: could not be read as JSON ({error}); call the same `headfoundry datagen` command again to rebuild it") from error
+        raise DataError(
+            f"{path}: could not be read as JSON ({error}); call the same `headfoundry datagen` command again to rebuild it"
+        ) from error
 
 
 def _frame_entries(folder: Path, sidecars: dict[Family, list[dict[str, Any]]]) -> list[FrameEntry]:

@@ -79,7 +79,9 @@ class RecipeConfig:
     dynamic_motions: PositiveInt = 4  # motions of a dynamic identity
     dynamic_views: PositiveInt = 5  # cameras of each of its motions
     static_views: PositiveInt = 5  # cameras of a static identity's one motion
-    source: Literal["parametric", "studio"] = "parametric"  # of shapes, motions and portrait cameras; studio: as the built-in portraits were drawn
+    source: Literal["parametric", "studio"] = (
+        "parametric"  # of shapes, motions and portrait cameras; studio: as the built-in portraits were drawn
+    )
     truncation_psi: NonNegativeFloat = 0.95  # of the generator's mapping; the background is never truncated
     shape_std: NonNegativeFloat = 0.92  # parametric: each shape component normal, cut at three deviations
     look_at_probability: Fraction = 0.5  # a camera is a look-at camera with this probability, else like a fitted portrait's
@@ -88,7 +90,9 @@ class RecipeConfig:
     motion: MotionDraws = MotionDraws()  # expression, jaw, gaze; of the studio's motions the jaw alone is changed
     val_share: Fraction = 0.02  # of the identities
     test_share: Fraction = 0.02  # of the identities
-    split_rule: Literal["hash", "modulo"] = "hash"  # hash: each identity by its own hash, shares hold on average; modulo: by its number among
+    split_rule: Literal["hash", "modulo"] = (
+        "hash"  # hash: each identity by its own hash, shares hold on average; modulo: by its number among
+    )
     # the identities of its kind, in a period of 1 / smaller share: val first, then test, then train, so that tiny sets hold some of each
 
     def __post_init__(self) -> None:
@@ -240,7 +244,12 @@ def _look_at_camera(config: LookAtCameras, rng: np.random.Generator) -> Tensor:
 
 
 def _portrait_camera(config: PortraitCameras, rng: np.random.Generator) -> Tensor:
-    yaw, elevation, roll, distance = _cut_normal(rng, 4) * (config.yaw_std_rad, config.pitch_std_rad, config.roll_std_rad, config.radius_std)
+    yaw, elevation, roll, distance = _cut_normal(rng, 4) * (
+        config.yaw_std_rad,
+        config.pitch_std_rad,
+        config.roll_std_rad,
+        config.radius_std,
+    )
     target = [*rng.uniform(-config.target_xy, config.target_xy, 2), 0.0]
     return _orbit_label(yaw, elevation, roll, np.clip(config.radius_mean + distance, *config.radius), target)
 

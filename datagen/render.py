@@ -142,7 +142,13 @@ def render_frame(renderer: IdentityRenderer, config: RenderConfig, index: int) -
 
 
 def _render_views(
-    renderer: IdentityRenderer, config: RenderConfig, posed: PosedHead, cameras: Tensor, rays: torch.Generator | None, motion: int, first: int
+    renderer: IdentityRenderer,
+    config: RenderConfig,
+    posed: PosedHead,
+    cameras: Tensor,
+    rays: torch.Generator | None,
+    motion: int,
+    first: int,
 ) -> dict[str, np.ndarray]:
     """Arrays [V, ...] of some views of one motion; `first` is the number of the first."""
     output = renderer.render(posed, cameras, rays)
@@ -192,7 +198,7 @@ def _plane_points(
         places = np.flatnonzero(allowed[view])
         if len(places) < config.points:
             raise SampleError(
-                f"{where}: only {len(places)} ray samples lie in the box and outside eyes and mouth, {config.points} plane points are asked for; "
+                f"{where}: only {len(places)} ray samples are in the box and outside eyes and mouth, {config.points} are asked for; "
                 "set --render.points lower"
             )
         chosen[view] = renderer.recipe.stream("points", motion, first + view).choice(places, config.points, replace=False)

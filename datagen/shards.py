@@ -78,9 +78,9 @@ MEMBERS: tuple[Member, ...] = (
     Member("frames", "parts", "array", "uint8", ("V", "R", "R"), "none", "mesh seen: 0 none, 1 skin, 2 eye, 3 mouth"),
     Member("frames", "label", "array", "float32", ("V", 437), "none", "camera 25, shape 300, expression 100, neck 3, jaw 3, eyes 6"),
     Member("frames", "background", "picture", "uint8", ("R", "R", 3), "none", "background colours"),
-    Member("frames", "json", "json", "", (), "none", "identity, motion, kind, split, seed, draws: with dataset.json, enough to render again"),
+    Member("frames", "json", "json", "", (), "none", "who, which motion, split, seed, draws: enough to render it again"),
     Member("labels", "depth", "array", "uint16", ("V", "R", "R"), "depth", "distance along the unit ray, scene units; far where empty"),
-    Member("labels", "foreground", "array", "float16", ("V", "C", "R", "R"), "none", "features before the background is added, [0, 1], premultiplied"),
+    Member("labels", "foreground", "array", "float16", ("V", "C", "R", "R"), "none", "features before the background, premultiplied"),
     Member("labels", "points", "array", "uint16", ("V", "N", 3), "box", "coarse-pass points, observation space, scene units"),
     Member("labels", "point_features", "array", "float16", ("V", "N", "P"), "none", "head planes T_h at the points' canonical positions"),
     Member("identities", "background", "array", "float16", ("C", "R", "R"), "none", "background features, [0, 1]"),
@@ -250,7 +250,8 @@ def write_shard(folder: Path, family: Family, shard: int, facts: dict[str, Any])
     """Write one family of one shard: give a writer, and when the block ends well flush and rename the tar, then its sidecar.
 
     facts: what the sidecar states beside the samples (config hash, identities). If the block raises, or the process is killed,
-    nothing appears under the final names but possibly a tar without its sidecar, which counts as absent. Raises DataError if the disk is full.
+    nothing appears under the final names but possibly a tar without its sidecar, which counts as absent. Raises DataError if the disk
+    is full.
     """
     path = shard_path(folder, family, shard)
     with atomic_path(path) as temporary, temporary.open("wb") as file:

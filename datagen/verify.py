@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import tarfile
 import zlib
@@ -23,7 +24,19 @@ from datagen.plan import Plan, versions
 from datagen.reading import read_manifest, read_sidecars
 from datagen.recipes import IdentityRecipe, draw_identity
 from datagen.render import IdentityRenderer, render_frame, reproducible
-from datagen.shards import FAMILIES, SCHEMA, Family, Member, decode, encode_sample, json_bytes, members_of, read_sidecar, sample_key, shard_path
+from datagen.shards import (
+    FAMILIES,
+    SCHEMA,
+    Family,
+    Member,
+    decode,
+    encode_sample,
+    json_bytes,
+    members_of,
+    read_sidecar,
+    sample_key,
+    shard_path,
+)
 from datagen.worker import load_planned_generator
 from head3d.cameras import Camera
 from head3d.image_metrics import PSNR_CEILING_DB, psnr
@@ -56,7 +69,10 @@ class Check:
 
 
 def verify(config: VerifyRun) -> int:
-    """Check everything, print a table and the problems. Returns 0 if there are none, else 1. Raises DataError if the folder is not there."""
+    """Check everything, print a table and the problems. Returns 0 if there are none, else 1.
+
+    Raises DataError if the folder is not there.
+    """
     if not config.folder.is_dir():
         raise DataError(f"{config.folder}: there is no such folder; give the folder of a data set")
     checks = check_dataset(config)
@@ -116,7 +132,9 @@ def _check_files(folder: Path, plan: Plan, check: Check) -> set[tuple[Family, in
     if not (folder / "index.json").exists():
         check.problems.append(f"{folder / 'index.json'}: missing; call the same `headfoundry datagen` command again")
     found = {str(path.relative_to(folder)) for family in FAMILIES for path in (folder / family).glob("*")}
-    check.problems += [f"{folder / name}: foreign: no file of this data set has this name; move it away" for name in sorted(found - expected)]
+    check.problems += [
+        f"{folder / name}: foreign: no file of this data set has this name; move it away" for name in sorted(found - expected)
+    ]
     check.checked = len(expected)
     return whole
 
@@ -142,7 +160,9 @@ def _check_sidecar(
     expected = [{"key": sample_key(shard, index), **about} for index, about in enumerate(expected)]
     found = [{name: value for name, value in sample.items() if name != "members"} for sample in sidecar["samples"]]
     if found != expected:
-        check.problems.append(f"{path}: its samples are not those of the plan: expected {len(expected)}, got {len(found)}, or others of that number")
+        check.problems.append(
+            f"{path}: its samples are not those of the plan: expected {len(expected)}, got {len(found)}, or others of that number"
+        )
         return None
     return sidecar
 
@@ -152,9 +172,7 @@ def _about(recipe: IdentityRecipe, motion: int) -> dict[str, Any]:
     return {"identity": recipe.identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": views}
 
 
-def _check_tar(
-    folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[int, IdentityRecipe], tars: Check, samples: Check
-) -> None:
+def _check_tar(folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[int, IdentityRecipe], tars: Check, samples: Check) -> None:
     path = shard_path(folder, sidecar["family"], sidecar["shard"])
     data = path.read_bytes()
     tars.checked += 1
@@ -170,11 +188,20 @@ def _check_tar(
         ]
         tars.problems.append(f"{path}: the SHA-256 does not match, bytes have changed: {'; '.join(damaged[:5]) or 'outside all members'}")
         return
-    stated = [(f"{sample['key']}.{name}", offset, size) for sample in sidecar["samples"] for name, (offset, size, _) in sorted(sample["members"].items())]
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        held = [(info.name, info.offset_data, info.size) for info in archive]
+    stated = [
+        (f"{sample['key']}.{name}", offset, size)
+        for sample in sidecar["samples"]
+        for name, (offset, size, _) in sorted(sample["members"].items())
+    ]
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            held = [(info.name, info.offset_data, info.size) for info in archive]
+    except tarfile.TarError as error:
+        tars.problems.append(f"{path}: no tar ({error})")
+        return
     if held != stated:
-        tars.problems.append(f"{path}: its members are not those of its sidecar; first difference: {next((a, b) for a, b in zip(held, stated) if a != b)}")
+        first = next(pair for pair in itertools.zip_longest(held, stated) if pair[0] != pair[1])
+        tars.problems.append(f"{path}: its members are not those of its sidecar; first difference: {first[0]} where {first[1]} is stated")
         return
     for sample in sidecar["samples"]:
         samples.checked += 1
@@ -183,9 +210,7 @@ def _check_tar(
             samples.problems.append(f"{path}: key {sample['key']}, {problem}")
 
 
-def _sample_problems(
-    plan: Plan, family: Family, sample: dict[str, Any], files: dict[str, bytes], recipe: IdentityRecipe
-) -> Iterator[str]:
+def _sample_problems(plan: Plan, family: Family, sample: dict[str, Any], files: dict[str, bytes], recipe: IdentityRecipe) -> Iterator[str]:
     """What is wrong with one sample of the family, by the member table."""
     model = plan.generator.settings
     sizes = {
@@ -245,9 +270,16 @@ def _label_problems(labels: np.ndarray, recipe: IdentityRecipe, motion: int) -> 
 
 def _check_index(folder: Path, manifest: dict[str, Any], check: Check) -> None:
     check.checked += 1
-    content = {"schema": SCHEMA, "config_hash": manifest["config_hash"], "plan": manifest["plan"], "shards": read_sidecars(folder, manifest)}
+    content = {
+        "schema": SCHEMA,
+        "config_hash": manifest["config_hash"],
+        "plan": manifest["plan"],
+        "shards": read_sidecars(folder, manifest),
+    }
     if (folder / "index.json").read_bytes() != json_bytes(content):
-        check.problems.append(f"{folder / 'index.json'}: differs from the sidecars; call the same `headfoundry datagen` command again to rebuild it")
+        check.problems.append(
+            f"{folder / 'index.json'}: differs from the sidecars; call the same `headfoundry datagen` command again to rebuild it"
+        )
 
 
 def _check_rendering(config: VerifyRun, plan: Plan, manifest: dict[str, Any], check: Check) -> None:
@@ -296,7 +328,7 @@ def _choose_frames(folder: Path, plan: Plan, count: int) -> list[tuple[int, int]
     chosen = numpy_generator(plan.hash, "verify").choice(sum(counts), min(count, sum(counts)), replace=False)
     starts = np.cumsum([0, *counts])
     shards = np.searchsorted(starts, chosen, side="right") - 1
-    return [(int(shard), int(frame - starts[shard])) for shard, frame in sorted(zip(shards, chosen))]
+    return [(int(shard), int(frame - starts[shard])) for shard, frame in sorted(zip(shards, chosen, strict=True))]
 
 
 def _psnr(first: np.ndarray, second: np.ndarray) -> float:

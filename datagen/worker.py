@@ -41,7 +41,9 @@ def make_shard(genhead: GenHead, out: Path, plan: Plan, shard: int) -> ShardRepo
             recipe = draw_identity(plan.recipe, plan.seed, identity)
             rendered = render_identity(genhead, recipe, plan.render)
             about = {"identity": identity}
-            writers["identities"].add(sample_key(shard, index), _encode("identities", {"background": rendered.background}, plan, about), about)
+            writers["identities"].add(
+                sample_key(shard, index), _encode("identities", {"background": rendered.background}, plan, about), about
+            )
             for motion, frame in enumerate(rendered.frames):
                 key = sample_key(shard, len(writers["frames"].samples))
                 about = {"identity": identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": len(frame["rgb"])}
@@ -74,7 +76,9 @@ def load_planned_generator(plan: Plan, folder: Path, device: str) -> GenHead:
     """The generator of a plan. Raises AssetError if the folder holds other weights or names another head model."""
     weights = exported_hash(folder)
     if weights != plan.generator.hash:
-        raise AssetError(f"{folder}: expected generator weights {plan.generator.hash}, got {weights}; give the export that the data set was made with")
+        raise AssetError(
+            f"{folder}: expected generator weights {plan.generator.hash}, got {weights}; give the export that the data set was made with"
+        )
     genhead = load_genhead(folder, device)
     if genhead.head_model.content_hash != plan.generator.head_hash:
         raise AssetError(

@@ -40,7 +40,7 @@ def tiny_head_arrays():
     ]
     starts = np.cumsum([0, *(len(vertices) for vertices, _ in parts)])
     vertices = np.concatenate([vertices for vertices, _ in parts])
-    faces = np.concatenate([faces + start for (_, faces), start in zip(parts, starts)])
+    faces = np.concatenate([faces + start for (_, faces), start in zip(parts, starts, strict=False)])
     count, skin = len(vertices), np.arange(starts[1])
     left, right = np.arange(starts[1], starts[2]), np.arange(starts[2], starts[3])
     weights = np.zeros((count, 5))

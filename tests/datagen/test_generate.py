@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,7 +49,7 @@ def test_a_set_holds_the_plan(tmp_path, run_of):
     assert dataset.manifest["synthetic"] is True and open_plan(out) == make_plan(run_of(out))
     data = dataset.read(dataset.frames[1], ["rgb.2", "label", "depth", "points", "point_features", "identity.background", "json"])
     assert data["rgb.2"].shape == (32, 32, 3) and data["points"].shape == (3, 20, 3) and data["json"]["draws"]["look_at"]
-    assert not [path for path in out.rglob(".tmp-*")]
+    assert not list(out.rglob(".tmp-*"))
 
 
 def test_two_workers_one_of_them_killed_and_one_worker_give_the_bytes_of_none(tmp_path, run_of, data_files, undisturbed, ray, monkeypatch):
@@ -281,6 +282,14 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path, run_of):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another `headfoundry datagen` is writing"):
             generate(run_of(out))
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_with_a_remedy():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # not listening: connections are refused
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"no Ray cluster answers at '{address}'.*ray start --head"):
+            farm._check_answers(address)
 
 
 def test_a_missing_generator_is_an_error_before_anything_is_written(tmp_path, run_of):

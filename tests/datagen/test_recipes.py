@@ -25,7 +25,7 @@ def test_an_identity_is_the_same_in_any_order_and_company(source):
     config = RecipeConfig(source=source)
     forward = [flat(draw_identity(config, 3, identity)) for identity in range(6)]
     backward = [flat(draw_identity(config, 3, identity)) for identity in reversed(range(6))]
-    for one, other in zip(forward, reversed(backward)):
+    for one, other in zip(forward, reversed(backward), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -52,7 +52,7 @@ def test_a_changed_setting_of_one_aspect_leaves_the_others_alone():
     assert torch.equal(base.shape, wide.shape)
     assert torch.equal(base.motions[1].cameras, wide.motions[1].cameras)
     assert not torch.equal(base.motions[1].motion.expression, wide.motions[1].motion.expression)
-    for one, other in zip(base.motions, more.motions):
+    for one, other in zip(base.motions, more.motions, strict=False):
         assert torch.equal(one.cameras, other.cameras) and torch.equal(one.motion.expression, other.motion.expression)
 
 

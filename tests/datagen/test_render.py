@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from datagen.recipes import RecipeConfig, draw_identity
-from datagen.render import IdentityRenderer, RenderConfig, SampleError, dataset_scales, render_frame, render_identity, render_truth, reproducible
+from datagen.render import (
+    IdentityRenderer,
+    RenderConfig,
+    SampleError,
+    dataset_scales,
+    render_frame,
+    render_identity,
+    render_truth,
+    reproducible,
+)
 from datagen.shards import MEMBERS, quantise
 from genhead.generator import load_genhead
 from head3d.cameras import Camera, ray_bounds
@@ -153,7 +162,11 @@ def test_reproducible_restores_what_it_changed():
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     with reproducible():
         assert torch.get_num_threads() == 1 and torch.are_deterministic_algorithms_enabled()
-    assert before == (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    assert before == (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
 
 
 def test_render_settings_are_frozen():

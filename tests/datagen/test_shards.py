@@ -13,7 +13,20 @@ import webdataset
 
 import head3d.run.files
 from datagen.reading import asked_name, open_dataset, read_manifest, write_index
-from datagen.shards import MEMBERS, SCHEMA, Scales, ShardConfig, decode, dequantise, encode_sample, quantise, read_sidecar, sample_key, shard_path, write_shard
+from datagen.shards import (
+    MEMBERS,
+    SCHEMA,
+    Scales,
+    ShardConfig,
+    decode,
+    dequantise,
+    encode_sample,
+    quantise,
+    read_sidecar,
+    sample_key,
+    shard_path,
+    write_shard,
+)
 from head3d.run.errors import DataError
 
 SCALES = Scales(near=3.0, far=5.0, box_side=1.3)
@@ -78,7 +91,9 @@ def folder(tmp_path):
 # Values -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("labels.depth", 3.0, 5.0), ("labels.points", -0.65, 0.65), ("frames.opacity", 0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("labels.depth", 3.0, 5.0), ("labels.points", -0.65, 0.65), ("frames.opacity", 0.0, 1.0)]
+)
 def test_quantised_ends_are_exact_and_everything_between_is_half_a_step_away(name, low, high):
     member = MEMBER[name]
     steps = np.iinfo(member.dtype).max
@@ -122,7 +137,20 @@ def test_what_is_written_is_read(tmp_path, image_format):
     assert [(entry.identity, entry.motion, entry.shard) for entry in dataset.frames] == [(i, m, i // 2) for i in range(4) for m in range(2)]
     entry = dataset.frames[5]
     assert (entry.key, entry.kind, entry.split, entry.views) == ("0000010001", "dynamic", "train", VIEWS)
-    names = ["rgb.0", "rgb.1", "opacity", "parts", "label", "background", "json", "depth", "foreground", "points", "point_features", "identity.background"]
+    names = [
+        "rgb.0",
+        "rgb.1",
+        "opacity",
+        "parts",
+        "label",
+        "background",
+        "json",
+        "depth",
+        "foreground",
+        "points",
+        "point_features",
+        "identity.background",
+    ]
     data, wanted = dataset.read(entry, names), frame(2, 1)
     assert set(data) == set(names) == set(entry.members)
     tolerance = {"opacity": 0.002, "depth": 2e-5, "foreground": 3e-4, "points": 1.1e-5, "point_features": 2e-3, "label": 0, "parts": 0}
@@ -145,9 +173,19 @@ def test_raw_reading_gives_the_stored_types(folder):
 def test_webdataset_reads_every_sample_whole(folder):
     paths = [str(shard_path(folder, "frames", shard)) for shard in range(2)]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
-    assert [sample["__key__"] for sample in samples] == ["0000000000", "0000000001", "0000000002", "0000000003"] + [f"000001000{i}" for i in range(4)]
+    assert [sample["__key__"] for sample in samples] == ["0000000000", "0000000001", "0000000002", "0000000003"] + [
+        f"000001000{i}" for i in range(4)
+    ]
     for sample in samples:
-        assert {name for name in sample if not name.startswith("__")} == {"rgb.0.jpg", "rgb.1.jpg", "opacity.npy", "parts.npy", "label.npy", "background.jpg", "json"}
+        assert {name for name in sample if not name.startswith("__")} == {
+            "rgb.0.jpg",
+            "rgb.1.jpg",
+            "opacity.npy",
+            "parts.npy",
+            "label.npy",
+            "background.jpg",
+            "json",
+        }
     dataset = open_dataset(folder)
     label = dataset.read(dataset.frames[3], ["label"])["label"]
     np.testing.assert_array_equal(decode(samples[3]["label.npy"], "label.npy"), label)
@@ -237,7 +275,9 @@ def test_a_flipped_bit_is_found_where_it_is_and_only_there(folder):
     damage(shard_path(folder, "labels", 0), flip)
     dataset = open_dataset(folder)
     dataset.read(entry, ["foreground"])
-    with pytest.raises(DataError, match=rf"labels/000000.tar: key 0000000001, member 'depth' at byte {offset}: the checksum does not match"):
+    with pytest.raises(
+        DataError, match=rf"labels/000000.tar: key 0000000001, member 'depth' at byte {offset}: the checksum does not match"
+    ):
         dataset.read(entry, ["depth"])
     open_dataset(folder, checksums=False).read(entry, ["depth"])  # the user's choice
 
@@ -298,10 +338,10 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_nothing_half_written(tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shards._HashedStream, "write", full)
-    with pytest.raises(DataError, match=r"frames/000000.tar: could not be written: No space left on device.*free space"):
-        with write_shard(tmp_path, "frames", 0, {}) as writer:
-            for index in range(40):
-                writer.add(f"{index:010d}", encode_sample("frames", frame(0, 0), SCALES, CONFIG), {})
+    message = r"frames/000000.tar: could not be written: No space left on device.*free space"
+    with pytest.raises(DataError, match=message), write_shard(tmp_path, "frames", 0, {}) as writer:
+        for index in range(40):
+            writer.add(f"{index:010d}", encode_sample("frames", frame(0, 0), SCALES, CONFIG), {})
     assert list((tmp_path / "frames").iterdir()) == []
 
 

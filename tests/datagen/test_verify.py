@@ -55,7 +55,7 @@ def test_a_flipped_bit_is_named_with_its_member(folder, capsys):
 
     change(path, flip)
     status, said = outcome(folder, capsys)
-    assert status == 1 and f"labels/000000.tar: the SHA-256 does not match" in said and "key 0000000001, member 'foreground.npy'" in said
+    assert status == 1 and "labels/000000.tar: the SHA-256 does not match" in said and "key 0000000001, member 'foreground.npy'" in said
 
 
 def test_a_flipped_bit_between_members_is_found_too(folder, capsys):
