@@ -27,7 +27,9 @@ _EXPRESSION_NAMES = (
 SHAPES: dict[str, int] = {name: index for index, name in enumerate(_SHAPE_NAMES)}
 EXPRESSIONS: dict[str, int] = {name: index for index, name in enumerate(_EXPRESSION_NAMES)}
 _METRES_PER_MM = 1e-3
-_DECIMALS = 9  # nanometres: what lies below differs between linear-algebra libraries and would change the head's content hash
+_DECIMALS = (
+    8  # hundredths of a micrometre: what lies below differs between linear-algebra libraries and would change the head's content hash
+)
 
 
 @functools.cache

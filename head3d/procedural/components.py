@@ -16,6 +16,7 @@ from head3d.procedural.sculpt import bell, smoothstep
 
 BLINK_CLOSES_AT = 2.5  # value of blink_left or blink_right at which the lids of the neutral head meet
 
+RIDGE = 1e-3  # keeps the orthogonalisation well conditioned, so that rounding errors of the linear algebra stay below a nanometre
 _EYES = (sculpt.EYE, sculpt.EYE * [-1.0, 1.0, 1.0])
 
 
@@ -156,11 +157,12 @@ def _random_fields(
 
 
 def _orthogonal_to(named: np.ndarray, extra: np.ndarray) -> np.ndarray:
-    """Columns of `extra` [M, K] made orthogonal to those of `named` [M, n] and to each other, each of unit length."""
+    """Columns of `extra` [M, K] made orthogonal to those of `named` [M, n] and nearly so to each other, of unit length."""
     rest = extra - named @ np.linalg.lstsq(named.T @ named, named.T @ extra, rcond=None)[0]
     rest /= np.linalg.norm(rest, axis=0)
-    factor = np.linalg.cholesky(rest.T @ rest + 1e-9 * np.eye(rest.shape[1]))
-    return rest @ np.linalg.inv(factor).T
+    factor = np.linalg.cholesky(rest.T @ rest + RIDGE * np.eye(rest.shape[1]))
+    rest = rest @ np.linalg.inv(factor).T
+    return rest / np.linalg.norm(rest, axis=0)
 
 
 def _complete(named: dict[str, np.ndarray], extra: np.ndarray, strength_mm: np.ndarray) -> np.ndarray:
@@ -181,7 +183,7 @@ def shape_components(assembly: Assembly, count: int) -> tuple[list[str], np.ndar
     generator = np.random.default_rng(21)
     skin = assembly.skin.points
     more = count - len(named)
-    extra = carry_eyes(_random_fields(p, more, (70.0, 24.0), skin[skin[:, 1] > -110.0], generator), p, assembly)
+    extra = carry_eyes(_random_fields(p, more, (60.0, 13.0), skin[skin[:, 1] > -110.0], generator), p, assembly)
     return list(named), _complete(named, extra, 0.75 * (1.0 + np.arange(more) / 8.0) ** -1.0)
 
 
