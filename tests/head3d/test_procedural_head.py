@@ -251,7 +251,7 @@ def test_components_are_independent_and_their_tail_decays(arrays):
         cosine = (flat.T @ flat) / np.outer(size, size) - np.eye(len(size))
         assert np.abs(cosine).max() < 0.9
         tail = np.delete(cosine[20:], SHAPES["eye_size"], axis=1)  # the random ones are orthogonal to the others, nearly so to each other
-        assert np.abs(tail).max() < 0.35 and np.sqrt((tail**2).mean()) < 0.01
+        assert np.abs(tail).max() < 0.35 and np.sqrt((tail**2).mean()) < 0.05
         assert (np.diff(size[20:]) < 0.0).all()
 
 
