@@ -30,7 +30,7 @@ from head3d.head_model import HeadModel
 from head3d.labels import HeadLabel, unpack_label
 from head3d.networks.discriminator import Discriminator, DiscriminatorConfig
 from head3d.run.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from head3d.run.distributed import average_gradients
+from head3d.run.distributed import average_gradients, average_tensors
 from head3d.run.seeding import torch_generator, weights_drawn_from
 
 
@@ -126,6 +126,7 @@ class Game:
             (sum(losses.values()) / config.accumulation).backward()
             scalars.add("generator", losses | {"logits": logits.mean(), "opacity": output.images.opacity.mean()})
         self._update("generator", self.generator)
+        average_tensors([self.generator.mapping.w_average])
         self.discriminator.requires_grad_(True)
         return scalars.values, fakes
 

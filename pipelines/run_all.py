@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from head3d.run.config import NonNegativeInt
+from head3d.run.config import NonNegativeInt, PositiveInt
 from head3d.run.errors import ConfigError
 
 STAGE_FAILED = 1
@@ -26,6 +26,7 @@ class DemoRun:
     configs: Path = Path("configs")  # folder with <stage>_<size>.yaml
     size: str = "tiny"  # which settings: tiny runs on two CPU cores
     workers: NonNegativeInt = 2  # data generation processes
+    processes: PositiveInt = 2  # training processes (torchrun); each takes its share of every batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Stage:
     why: str  # what it is for
     arguments: tuple[str, ...]
     has_config: bool = True  # reads configs/<command>_<size>.yaml
+    trains: bool = False  # runs in several processes
 
 
 def stages(config: DemoRun) -> list[Stage]:
@@ -58,6 +60,7 @@ def stages(config: DemoRun) -> list[Stage]:
             "Train the head generator",
             "an adversarial game turns single pictures into 3D heads",
             ("--out", genhead, "--portraits", portraits),
+            trains=True,
         ),
         Stage(
             "datagen",
@@ -71,6 +74,7 @@ def stages(config: DemoRun) -> list[Stage]:
             "Train the reconstructor",
             "it learns to lift one picture to a head that can be turned and driven",
             ("--out", reconstructor, "--shards", shards, "--generator", generator),
+            trains=True,
         ),
         Stage(
             "evaluate",
@@ -97,10 +101,12 @@ def main(config: DemoRun) -> int:
     started, chain = time.monotonic(), stages(config)
     for number, stage in enumerate(chain, 1):
         arguments = ["--config", str(config.configs / f"{stage.command.replace('-', '_')}_{config.size}.yaml")] if stage.has_config else []
-        arguments = [stage.command, *arguments, *stage.arguments]
-        print(f"\n[{number}/{len(chain)}] {stage.title}: {stage.why}.\n    headfoundry {shlex.join(arguments)}", flush=True)
+        arguments = ["-m", "pipelines", stage.command, *arguments, *stage.arguments]
+        if stage.trains and config.processes > 1:
+            arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(config.processes), *arguments]
+        print(f"\n[{number}/{len(chain)}] {stage.title}: {stage.why}.\n    python {shlex.join(arguments)}", flush=True)
         begun = time.monotonic()
-        status = subprocess.run([sys.executable, "-m", "pipelines", *arguments], check=False).returncode
+        status = subprocess.run([sys.executable, *arguments], check=False).returncode
         if status:
             print(
                 f"{stage.command} ended with status {status}; mend what it says and call the demo again, it goes on from here",

@@ -82,6 +82,14 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             parameter.grad.copy_(mean.view_as(parameter))
 
 
+def average_tensors(tensors: Iterable[Tensor]) -> None:
+    """Overwrite each tensor (running means that every process moves by its own samples) with its mean over the processes."""
+    if torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= torch.distributed.get_world_size()
+
+
 def mean_scalars(values: Mapping[str, float | Tensor], device: torch.device) -> dict[str, float]:
     """The mean of each number over the processes; all give the same names."""
     if not values:
