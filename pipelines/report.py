@@ -82,19 +82,24 @@ def shards_section(folder: Path) -> str:
     if not (folder / "shards" / "dataset.json").exists():
         return _section("Shards", "not made yet", "")
     dataset = open_dataset(folder / "shards")
-    frames = dataset.frames[:: max(1, len(dataset.frames) // 12)][:12]
-    rows = []
+    labelled = [frame for frame in dataset.frames if "depth" in frame.members]  # the first shards may be the only ones
+    frames = (labelled or dataset.frames)[:: max(1, len(labelled or dataset.frames) // 12)][:12]
+    if not frames:
+        return _section("Shards", "none is finished yet", "")
+    near, far = dataset.scales.near, dataset.scales.far
+    pictures = []
     for frame in frames:
-        sample = dataset.read(frame, ["rgb.0", "depth", "opacity"])
+        sample = dataset.read(frame, ["rgb.0", "opacity", *(["depth"] if labelled else [])])
         size = sample["rgb.0"].shape[0]
         opacity = _upscale(sample["opacity"][0], size)
-        depth = _upscale(sample["depth"][0], size)
-        near, far = dataset.manifest["near"], dataset.manifest["far"]
-        depth_colors = colorize(np.where(opacity > 0.5, -depth, np.nan), -(near + 0.75 * (far - near)), -(near + 0.25 * (far - near)))
-        rows += [sample["rgb.0"], depth_colors, _gray((opacity * 255).astype(np.uint8))]
-    save_png(folder / "report" / "shards.png", grid(np.stack(rows), 12), {"source": "shards"})
+        pictures.append(sample["rgb.0"])
+        if labelled:
+            depth = np.where(opacity > 0.5, -_upscale(sample["depth"][0], size), np.nan)  # near is bright
+            pictures.append(colorize(depth, -(near + 0.75 * (far - near)), -(near + 0.25 * (far - near))))
+        pictures.append(_gray((opacity * 255).astype(np.uint8)))
+    save_png(folder / "report" / "shards.png", grid(np.stack(pictures), 12), {"source": "shards"})
     identities = len({frame.identity for frame in dataset.frames})
-    note = f"{len(dataset.frames)} frames of {identities} people; colour, depth, opacity of a few."
+    note = f"{len(dataset.frames)} frames of {identities} people; colour, {'depth, ' if labelled else ''}opacity of a few."
     return _section("Shards", note, _pictures(folder, ["report/shards.png"]))
 
 
