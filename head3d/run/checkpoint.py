@@ -55,7 +55,7 @@ def save_checkpoint(
         sweep_temporary(parent)
     folder = parent / f"{images_seen:09d}"
     with atomic_folder(folder) as temporary:
-        save_file(_own_memory(tensors), temporary / _TENSORS)
+        _write_tensors(temporary / _TENSORS, tensors)
         record = {
             "format": _FORMAT,
             "images_seen": images_seen,
@@ -153,7 +153,7 @@ def export_model(
     (folder / _RECORD).unlink(missing_ok=True)
     tensors = {name: value.half() if half and value.is_floating_point() else value for name, value in model_state.items()}
     with atomic_path(folder / _MODEL) as temporary:
-        save_file(_own_memory(tensors), temporary)
+        _write_tensors(temporary, tensors)
         digest = sha256_of_file(temporary)
     save_yaml(config, folder / _CONFIG)
     record = {"format": _FORMAT, "kind": kind, "images_seen": images_seen, "half": half, "tensors_sha256": digest}
@@ -201,6 +201,13 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         owned[name] = value.clone() if address in seen or value.untyped_storage().nbytes() > value.nbytes else value
         seen.add(address)
     return owned
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(_own_memory(tensors), path)
+    except SafetensorError as error:  # its own class, also for a full disk; as OSError it is reported like every failed write
+        raise OSError(str(error)) from error
 
 
 def _read_tensors(path: Path, expected_sha256: str, remedy: str) -> dict[str, Tensor]:

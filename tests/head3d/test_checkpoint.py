@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -176,16 +177,26 @@ def test_a_save_that_is_killed_half_way_is_never_seen_and_swept_by_the_next(tmp_
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["000000001", "000000003"]
 
 
-def test_a_save_that_fails_leaves_the_one_before_it(tmp_path, monkeypatch):
+@pytest.fixture
+def small_files():
+    """The system refuses to let any file grow beyond a megabyte, as a full disk would in the middle of a write."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_save_that_the_disk_refuses_leaves_the_one_before_it(tmp_path, small_files):
     save_checkpoint(tmp_path, 1, {"x": torch.tensor(1.0)}, {}, Tiny(), keep=1)
-
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("head3d.run.checkpoint.save_file", refuse)
-    with pytest.raises(DataError, match=r"000000002: could not be written: No space left on device"):
-        save_checkpoint(tmp_path, 2, {"x": torch.tensor(2.0)}, {}, Tiny(), keep=1)
+    with pytest.raises(DataError, match=r"000000002: could not be written: .*free space"):
+        save_checkpoint(tmp_path, 2, {"x": torch.zeros(1 << 19)}, {}, Tiny(), keep=1)
     assert os.listdir(tmp_path / "checkpoints") == ["000000001"]
+
+
+def test_an_export_that_the_disk_refuses_leaves_nothing(tmp_path, small_files):
+    with pytest.raises(DataError, match=r"model.safetensors: could not be written: .*free space"):
+        export_model(tmp_path, {"x": torch.zeros(1 << 19)}, Tiny(), "tiny", 0)
+    assert os.listdir(tmp_path) == []
 
 
 def truncate(path):
