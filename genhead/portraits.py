@@ -283,6 +283,13 @@ class PortraitSet:
                     raise DataError(
                         f"{self.path}/data.mdb: expected an LMDB file, but it does not open ({error}); delete the folder and make it again"
                     ) from error
+                # The file is mapped into memory: to read a page beyond its end would kill the process without a word.
+                promised = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
+                if status.st_size < promised:
+                    raise DataError(
+                        f"{self.path}/data.mdb: expected {promised} bytes, got {status.st_size}: the file was cut off; "
+                        "copy it again, or delete the folder and make it again"
+                    )
         return self._environment
 
     def _entry(self, transaction: lmdb.Transaction, index: int) -> memoryview:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 
 import lmdb
@@ -77,7 +78,7 @@ def test_the_same_portraits_give_the_same_file(tmp_path):
     assert (tmp_path / "a/data.mdb").read_bytes() == (tmp_path / "b/data.mdb").read_bytes()
 
 
-def test_two_readers_a_pickled_one_and_a_spawned_process_read_the_same(tmp_path):
+def test_two_readers_a_pickled_one_and_a_forked_process_read_the_same(tmp_path):
     write(tmp_path / "record")
     first, second = PortraitSet(tmp_path / "record"), PortraitSet(tmp_path / "record")
     np.testing.assert_array_equal(first[1].image, second[1].image)
@@ -134,6 +135,15 @@ def test_missing_unfinished_foreign_and_damaged_records_are_data_errors(tmp_path
     value[400] ^= 1
     with pytest.raises(DataError, match="entry 7: the checksum"):
         decode_portrait(bytes(value), "entry 7")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_record_that_was_cut_off_is_a_data_error(tmp_path, share):
+    write(tmp_path / "record", 30)
+    path = tmp_path / "record/data.mdb"
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(DataError, match=r"record/data\.mdb: expected .* delete the folder and make it again"):
+        PortraitSet(tmp_path / "record")
 
 
 # ---- photographs -------------------------------------------------------------------------------------------------------
