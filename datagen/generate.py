@@ -73,19 +73,20 @@ def generate(config: DatagenRun) -> int:
         missing = [shard for shard in range(plan.shard_count) if not shard_is_done(config.out, plan, shard)]
         total, to_do = (sum(map(plan.shard_frames, shards)) for shards in (range(plan.shard_count), missing))
         failures: dict[int, str] = {}
+        made = 0
         if missing:
             with progress(total, "datagen", unit="frame", initial=total - to_do) as bar:
                 reports = _in_process(config, plan, missing, failures) if config.workers == 0 else _on_ray(config, plan, missing, failures)
                 for report in reports:
+                    made += 1
                     _record(config.out, report, bar, failures)
         _sweep(config.out)
         write_index(config.out)
-    made = len(missing) - len(failures)
     print(f"{config.out}: {plan.shard_count} shards, {total} frames of {plan.identities} identities; made {made} shards now")
     for shard, reason in sorted(failures.items()):
         print(f"  shard {shard:06d} failed: {reason}")
     if failures:
-        print(f"{len(failures)} shards are missing; mend what is named above and call the same command again: it makes only those")
+        print(f"{len(missing) - made} shards are missing; mend what is named above and call the same command again: it makes only those")
     return 1 if failures else 0
 
 

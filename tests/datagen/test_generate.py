@@ -232,7 +232,7 @@ def test_a_poisoned_shard_is_collected_and_named_and_the_rest_is_made(tmp_path, 
     assert data_files(out) == undisturbed
 
 
-def test_too_many_failures_stop_the_run(tmp_path, run_of, monkeypatch):
+def test_too_many_failures_stop_the_run(tmp_path, run_of, monkeypatch, capsys):
     tried = []
 
     def poisoned(genhead, recipe, config):
@@ -242,6 +242,8 @@ def test_too_many_failures_stop_the_run(tmp_path, run_of, monkeypatch):
     monkeypatch.setattr(worker, "render_identity", poisoned)
     assert generate(run_of(tmp_path / "set", max_failures=2)) == 1
     assert tried == [0, 2]
+    said = capsys.readouterr().out
+    assert "made 0 shards now" in said and "3 shards are missing" in said  # the one that was not tried is missing too
 
 
 def test_a_value_out_of_range_names_the_identity(tmp_path, run_of, monkeypatch, capsys):
