@@ -32,7 +32,7 @@ from head3d.head_model import load_head_model
 from head3d.run.checkpoint import exported_hash
 from head3d.run.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, load_yaml, to_dict
 from head3d.run.errors import ConfigError, DataError, FoundryError
-from head3d.run.files import sweep_temporary
+from head3d.run.files import sweep_temporary, write_errors
 from head3d.run.runlog import progress
 
 IN_FLIGHT = 2  # calls a worker is given at once: it never waits for the driver, and little is repeated when it dies
@@ -66,7 +66,8 @@ def generate(config: DatagenRun) -> int:
     Raises ConfigError if the folder holds other settings, DataError if it cannot be written (full disk) or is in use.
     """
     plan = make_plan(config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    with write_errors(config.out):
+        config.out.mkdir(parents=True, exist_ok=True)
     with _only_writer(config.out):
         _sweep(config.out)
         claim_folder(config.out, plan)
@@ -222,12 +223,15 @@ def _sweep(out: Path) -> None:
 def _device(config: DatagenRun) -> str:
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is asked for, but torch finds no GPU on this machine; set --device cpu or auto")
     return config.device
 
 
 def _record(out: Path, report: ShardReport, bar: tqdm, failures: dict[int, str]) -> None:
     """Move the bar and keep who made what in log.jsonl, which is no part of the data."""
-    with (out / "log.jsonl").open("a", encoding="utf-8") as file:
+    log = out / "log.jsonl"
+    with write_errors(log), log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(report._asdict()) + "\n")
     bar.update(report.frames)
     bar.set_postfix(shard=report.shard, failed=len(failures))
@@ -236,7 +240,10 @@ def _record(out: Path, report: ShardReport, bar: tqdm, failures: dict[int, str])
 @contextlib.contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
     """Hold the folder's lock; the system lets go of it when this process ends, however it ends."""
-    with (out / ".lock").open("w") as file:
+    lock = out / ".lock"
+    with write_errors(lock):
+        file = lock.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -23,7 +23,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     if the system refuses (full disk, no permission), naming the file.
     """
     path = Path(path)
-    with _write_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary_name(path)
         try:
@@ -42,7 +42,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     An existing folder of that name is replaced. If the block raises, nothing is left behind. Raises DataError like `atomic_path`.
     """
     path = Path(path)
-    with _write_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary_name(path)
         temporary.mkdir()
@@ -106,7 +106,8 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path | str) -> Iterator[None]:
+    """Within the block, what the system refuses (full disk, no permission, a file in the way) is a DataError that names `path`."""
     try:
         yield
     except OSError as error:

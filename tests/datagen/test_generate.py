@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from datagen import generate as farm
 from datagen import worker
@@ -275,6 +276,23 @@ def test_a_full_disk_stops_the_run_with_a_remedy_and_leaves_no_half_shard(tmp_pa
     monkeypatch.setattr(_HashedStream, "write", write)
     assert generate(run_of(out)) == 0
     assert data_files(out) == undisturbed
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path, run_of):
+    (tmp_path / "file").write_text("where a folder belongs")
+    with pytest.raises(DataError, match="file: could not be written: File exists"):
+        generate(run_of(tmp_path / "file"))
+    out = tmp_path / "set"
+    (out / "log.jsonl").mkdir(parents=True)
+    with pytest.raises(DataError, match="log.jsonl: could not be written: Is a directory"):
+        generate(run_of(out))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_written(tmp_path, run_of):
+    with pytest.raises(ConfigError, match="device: cuda is asked for.*--device cpu"):
+        generate(run_of(tmp_path / "set", device="cuda"))
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path, run_of):
