@@ -213,7 +213,8 @@ table {{ border-collapse: collapse; margin-bottom: 1rem }} td, th {{ border: 1px
 svg polyline {{ fill: none; stroke: #2a6fb0; stroke-width: 1.5 }} svg text {{ font-size: 11px; fill: #555 }}
 </style></head><body>
 <h1>Head Foundry</h1>
-<p>From made-up portraits to a head that can be driven. Every picture and video on this page is synthetic, unless it shows a source photograph.</p>
+<p>From made-up portraits to a head that can be driven.
+Every picture and video on this page is synthetic, unless it shows a source photograph.</p>
 {body}
 </body></html>
 """
