@@ -155,15 +155,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_sidecars(folder: Path, manifest: dict[str, Any]) -> dict[Family, list[dict[str, Any]]]:
-    """The sidecars of all shards of the plan that are there, in order. A shard without its frames' sidecar is not committed."""
+    """The sidecars of all shards of the plan that are there, in order. A shard without its frames' sidecar is not committed.
+
+    Raises DataError if one is damaged or of other settings than the manifest's.
+    """
     found: dict[Family, list[dict[str, Any]]] = {family: [] for family in FAMILIES}
     for shard in range(manifest["plan"]["shards"]):
         if not shard_path(folder, "frames", shard).with_suffix(".json").exists():
             continue
         for family in FAMILIES:
             path = shard_path(folder, family, shard).with_suffix(".json")
-            if path.exists():
-                found[family].append(read_sidecar(path, family, shard))
+            if not path.exists():
+                continue
+            sidecar = read_sidecar(path, family, shard)
+            if sidecar["config_hash"] != manifest["config_hash"]:
+                raise DataError(
+                    f"{path}: expected a shard of settings {manifest['config_hash']} as dataset.json says, got {sidecar['config_hash']}; "
+                    f"two data sets are mixed here; {remedy(path)}"
+                )
+            found[family].append(sidecar)
     return found
 
 
@@ -179,7 +189,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: could not be read as JSON ({error}); call the same `headfoundry datagen` command again to rebuild it"
+            f"{path}: could not be read as JSON ({error}); delete it and call the same `headfoundry datagen` command again, which rebuilds it"
         ) from error
 
 

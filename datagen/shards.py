@@ -146,14 +146,15 @@ def _range(member: Member, scales: Scales) -> tuple[float, float]:
 def encode_sample(family: Family, values: dict[str, Any], scales: Scales, config: ShardConfig) -> dict[str, bytes]:
     """One sample's members as bytes by extension. `values` has an entry for each member name (`rgb` is [V, S, S, 3]).
 
-    Raises ValueError if a value is out of range (see `quantise`).
+    An array without a single number (no plane points asked for) is left out, so that readers see that there is no such label. Raises ValueError if a value is out of range (see `quantise`).
     """
     files = {}
     for member in members_of(family):
         if member.kind == "json":
             files["json"] = json_bytes(values["json"])
         elif member.kind == "array":
-            files[member.extension("")] = _npy(quantise(values[member.name], member, scales))
+            if values[member.name].size:
+                files[member.extension("")] = _npy(quantise(values[member.name], member, scales))
         else:
             name = member.name.removesuffix(".{view}")
             pictures = values[name] if "{view}" in member.name else values[name][None]
@@ -171,15 +172,19 @@ def json_bytes(value: Any) -> bytes:
 def decode(data: bytes | memoryview, extension: str) -> Any:
     """Bytes of one member to pixels uint8 [H, W, 3], an array as stored, or a JSON value. Raises ValueError if they are damaged."""
     suffix = extension.rpartition(".")[2]
-    if suffix == "npy":
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    if suffix == "jpg":
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
-    if suffix == "png":
-        with Image.open(io.BytesIO(data)) as picture:
-            return np.asarray(picture.convert("RGB"))
-    if suffix == "json":
-        return json.loads(bytes(data))
+    try:
+        match suffix:
+            case "npy":
+                return np.load(io.BytesIO(data), allow_pickle=False)
+            case "jpg":
+                return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+            case "png":
+                with Image.open(io.BytesIO(data)) as picture:
+                    return np.asarray(picture.convert("RGB"))
+            case "json":
+                return json.loads(bytes(data))
+    except (OSError, EOFError, SyntaxError) as error:  # what pillow and numpy raise for some sorts of damage
+        raise ValueError(str(error)) from error
     raise ValueError(f"no decoder for members that end in .{suffix}")
 
 
@@ -282,7 +287,10 @@ def read_sidecar(path: Path, family: Family, shard: int) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: could not be read as JSON ({error}); {remedy(path)}") from error
     check_schema(content, path)
-    if not isinstance(content.get("samples"), list) or content.get("family") != family or content.get("shard") != shard:
+    absent = sorted({"config_hash", "bytes", "sha256", "samples"} - content.keys())
+    if absent:
+        raise DataError(f"{path}: expected the entries of a sidecar, {', '.join(absent)} is missing; {remedy(path)}")
+    if not isinstance(content["samples"], list) or content.get("family") != family or content.get("shard") != shard:
         raise DataError(
             f"{path}: expected the sidecar of {family} shard {shard}, got {content.get('family')} shard {content.get('shard')}; "
             f"the file was renamed or copied; {remedy(path)}"

@@ -223,6 +223,8 @@ def _sample_problems(plan: Plan, family: Family, sample: dict[str, Any], files: 
     }
     expected: dict[str, Member] = {}
     for member in members_of(family):
+        if 0 in (sizes.get(side) for side in member.shape):
+            continue  # no plane points were asked for
         extension = member.extension(plan.shards.image_format)
         for view in range(sample["views"] if "{view}" in extension else 1):
             expected[extension.format(view=view)] = member

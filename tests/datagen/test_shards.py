@@ -222,7 +222,7 @@ def test_a_shard_without_its_frames_sidecar_is_not_there(folder):
 def test_reading_from_threads_and_from_a_pickled_copy_gives_the_same(folder):
     dataset = open_dataset(folder)
     wanted = [dataset.read(entry, ["label"])["label"] for entry in dataset.frames]
-    copy, found, errors = pickle.loads(pickle.dumps(dataset)), {}, []
+    copy, found = pickle.loads(pickle.dumps(dataset)), {}
 
     def work(number):
         for index, entry in enumerate(copy.frames):
@@ -233,7 +233,7 @@ def test_reading_from_threads_and_from_a_pickled_copy_gives_the_same(folder):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors and len(found) == 32
+    assert len(found) == 32
     for (_, index), label in found.items():
         np.testing.assert_array_equal(label, wanted[index])
 
@@ -298,6 +298,39 @@ def test_a_missing_member_is_an_error_that_lists_what_is_there(folder):
     dataset = open_dataset(folder)
     with pytest.raises(DataError, match="frame 0000000000 has no member 'depth'; it has background, identity.background"):
         dataset.read(dataset.frames[0], ["depth"])
+
+
+@pytest.mark.parametrize("extension", ["rgb.0.jpg", "rgb.0.png", "label.npy", "json"])
+@pytest.mark.parametrize("kept", [0, 60, 0.7])
+def test_damaged_bytes_of_every_encoding_are_a_value_error(extension, kept):
+    """Readers and `verify` turn it into a message with file, key and member."""
+    config = ShardConfig(image_format="png" if extension.endswith("png") else "jpg")
+    data = encode_sample("frames", frame(0, 0), SCALES, config)[extension]
+    decode(data, extension)
+    with pytest.raises(ValueError):
+        decode(data[: int(kept * len(data)) if isinstance(kept, float) else min(kept, len(data) - 1)], extension)
+
+
+def test_a_sidecar_that_lacks_an_entry_is_refused(folder):
+    path = shard_path(folder, "frames", 1).with_suffix(".json")
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="frames/000001.json: expected the entries of a sidecar, sha256 is missing; delete"):
+        read_sidecar(path, "frames", 1)
+
+
+def test_a_shard_of_another_data_set_is_not_read(folder):
+    (folder / "index.json").unlink()
+    path = shard_path(folder, "labels", 1).with_suffix(".json")
+    path.write_text(path.read_text().replace("0123456789abcdef", "fedcba9876543210"))
+    with pytest.raises(DataError, match="labels/000001.json: expected a shard of settings 0123456789abcdef .* got fedcba9876543210.*delete"):
+        open_dataset(folder)
+
+
+def test_an_array_without_numbers_is_left_out():
+    values = frame(0, 0) | {"points": np.empty((VIEWS, 0, 3)), "point_features": np.empty((VIEWS, 0, CHANNELS))}
+    assert sorted(encode_sample("labels", values, SCALES, CONFIG)) == ["depth.npy", "foreground.npy"]
 
 
 def test_another_schema_is_refused(folder):
