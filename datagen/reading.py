@@ -189,7 +189,8 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: could not be read as JSON ({error}); delete it and call the same `headfoundry datagen` command again, which rebuilds it"
+            f"{path}: could not be read as JSON ({error}); "
+            "delete it and call the same `headfoundry datagen` command again, which rebuilds it"
         ) from error
 
 

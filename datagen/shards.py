@@ -146,7 +146,8 @@ def _range(member: Member, scales: Scales) -> tuple[float, float]:
 def encode_sample(family: Family, values: dict[str, Any], scales: Scales, config: ShardConfig) -> dict[str, bytes]:
     """One sample's members as bytes by extension. `values` has an entry for each member name (`rgb` is [V, S, S, 3]).
 
-    An array without a single number (no plane points asked for) is left out, so that readers see that there is no such label. Raises ValueError if a value is out of range (see `quantise`).
+    An array without a single number (no plane points asked for) is left out, so that readers see that there is no such label.
+    Raises ValueError if a value is out of range (see `quantise`).
     """
     files = {}
     for member in members_of(family):

@@ -324,7 +324,9 @@ def test_a_shard_of_another_data_set_is_not_read(folder):
     (folder / "index.json").unlink()
     path = shard_path(folder, "labels", 1).with_suffix(".json")
     path.write_text(path.read_text().replace("0123456789abcdef", "fedcba9876543210"))
-    with pytest.raises(DataError, match="labels/000001.json: expected a shard of settings 0123456789abcdef .* got fedcba9876543210.*delete"):
+    with pytest.raises(
+        DataError, match="labels/000001.json: expected a shard of settings 0123456789abcdef .* got fedcba9876543210.*delete"
+    ):
         open_dataset(folder)
 
 
