@@ -57,7 +57,22 @@ class GenHeadConfig:
     deformation: DeformationConfig = DeformationConfig()  # posed to canonical points
     background: BackgroundConfig = BackgroundConfig()  # background network
     superresolution: SuperResolutionConfig = SuperResolutionConfig()  # R to S
-    published: bool = False  # keep the quirks of the published code (needed for its checkpoints)
+    published: bool = False  # keep the quirks of the published code (needed for its checkpoints); deformation.published goes with it
+
+    def __post_init__(self) -> None:
+        equal = (
+            {"z_dim": self.z_dim, "background.z_dim": self.background.z_dim},  # the same z drives both
+            {
+                "feature_channels": self.feature_channels,
+                "background.channels": self.background.channels,
+                "superresolution.feature_channels": self.superresolution.feature_channels,
+            },
+            {"sampling.box_side": self.sampling.box_side, "deformation.box_side": self.deformation.box_side},
+            {"published": self.published, "deformation.published": self.deformation.published},
+        )
+        for settings in equal:
+            if len(set(settings.values())) > 1:
+                raise ValueError(f"{', '.join(settings)} must be equal, got {', '.join(map(str, settings.values()))}; change what differs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +101,8 @@ class GenHead(nn.Module):
         self.superresolution = SuperResolution(config.superresolution)
 
     def weights(self) -> dict[str, Tensor]:
-        """The learned state: everything but the head model, which is named by the configuration and stored once."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(("head_model.", "deformation."))}
+        """The learned state; the head model, which the configuration names, is not in it."""
+        return self.state_dict()
 
     def load_weights(self, weights: dict[str, Tensor], where: str) -> None:
         """Fill the learned state. Raises AssetError naming `where` and the keys or shapes that do not fit."""
@@ -99,7 +114,7 @@ class GenHead(nn.Module):
                 f"{where}: the weights do not fit this configuration: missing {missing[:3]}, unknown {foreign[:3]}, "
                 f"other shapes {shapes[:3]}; use the config.yaml that lies beside the weights"
             )
-        self.load_state_dict(weights, strict=False)
+        self.load_state_dict(weights)
 
     def map(self, z: Tensor, condition_camera: Tensor, shape: Tensor, truncation_psi: float = 1.0, update_average: bool = False) -> Tensor:
         """z [B, z_dim], condition camera label [B, 25], shape [B, 300] -> styles ws [B, L, w_dim] (section 1, "mapping")."""

@@ -142,6 +142,20 @@ def test_contradicting_settings_are_named_before_anything_is_written(tmp_path, p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"z_dim": 9}, "z_dim, background.z_dim must be equal, got 9, 8"),
+        ({"feature_channels": 5}, "feature_channels, background.channels, superresolution.feature_channels must be equal, got 5, 4, 4"),
+        ({"sampling": RaySampling(box_side=1.5)}, "sampling.box_side, deformation.box_side must be equal, got 1.5, 1.3"),
+        ({"published": True}, "published, deformation.published must be equal, got True, False"),
+    ],
+)
+def test_widths_that_do_not_fit_each_other_are_named(changes, names):
+    with pytest.raises(ValueError, match=names):
+        dataclasses.replace(MODEL, **changes)
+
+
 def test_divergence_names_the_quantity_and_the_last_good_checkpoint(finished):
     with pytest.raises(FoundryError, match="generator/adversarial") as caught:
         check_finite({"generator/adversarial": float("nan"), "x": 1.0}, 99, finished)
