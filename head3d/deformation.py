@@ -22,6 +22,7 @@ from head3d.head_model import HeadModel
 from head3d.labels import Motion
 from head3d.nearest import VertexIndex
 from head3d.neck_field import NeckField, build_neck_field
+from head3d.run.config import PositiveFloat, PositiveInt
 
 Part = Literal["head", "eyes", "mouth"]
 
@@ -34,16 +35,16 @@ PADDING_POSITION = 1e3  # where the ring's padding vertex stands, in both meshes
 class DeformationConfig:
     """How points are carried between posed and canonical space. Defaults are the published grids with mended arithmetic."""
 
-    box_side: float = 1.3  # scene units; side of the box that the neck grids span
-    fine_cells: int = 24  # cells per side of the neck grid that counts near the surface
-    coarse_cells: int = 8  # cells per side of the smoothed neck grid that counts elsewhere
-    eye_box_scale: float = 1.2  # side of an eye box, in extents of the eyeball
+    box_side: PositiveFloat = 1.3  # scene units; side of the box that the neck grids span
+    fine_cells: PositiveInt = 24  # cells per side of the neck grid that counts near the surface
+    coarse_cells: PositiveInt = 8  # cells per side of the smoothed neck grid that counts elsewhere
+    eye_box_scale: PositiveFloat = 1.2  # side of an eye box, in extents of the eyeball
     tree_workers: int = 1  # threads of a nearest-vertex query on the CPU; -1 uses every core
     published: bool = False  # reproduce the released code's neck stage, quirks included
 
 
 @dataclass(frozen=True)
-class PartField:
+class PartOffsets:
     """One part's search set and offsets."""
 
     index: VertexIndex  # over the part's vertices
@@ -51,8 +52,8 @@ class PartField:
     targets: Tensor  # [B, N + 1, 3] posed vertices and the padding vertex
     offsets: Tensor  # [B, N + 1, 3] canonical minus posed
 
-    def select(self, rows: list[int]) -> PartField:
-        return PartField(self.index.select(rows), self.vertex_ids, self.targets[rows], self.offsets[rows])
+    def select(self, rows: list[int]) -> PartOffsets:
+        return PartOffsets(self.index.select(rows), self.vertex_ids, self.targets[rows], self.offsets[rows])
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class PosedHead:
     neck_field: NeckField | None  # None if no neck is turned: stage A is the identity
     eye_centres: Tensor  # [B, 2, 3] left, right
     eye_half_sides: Tensor  # [B, 2, 3]
-    parts: dict[Part, PartField]
+    parts: dict[Part, PartOffsets]
 
     def select(self, rows: Sequence[int]) -> PosedHead:
         """The heads `rows` of the batch, repetitions allowed; search trees are shared, not rebuilt."""
@@ -119,7 +120,7 @@ class Deformation:
             eye_half_sides=torch.stack([(eye.amax(1) - eye.amin(1)) * (config.eye_box_scale / 2) for eye in eyes], 1),
             parts={
                 "head": skin,
-                "eyes": PartField(self._index(unturned, regions.eyeballs), regions.eyeballs, skin.targets, skin.offsets),
+                "eyes": PartOffsets(self._index(unturned, regions.eyeballs), regions.eyeballs, skin.targets, skin.offsets),
                 "mouth": self._part(mouth, regions.lips),
             },
         )
@@ -154,10 +155,10 @@ class Deformation:
         away = (points[:, :, None] - posed.eye_centres[:, None]).abs()  # [B, M, 2, 3]
         return (away <= posed.eye_half_sides[:, None]).all(-1).any(-1)
 
-    def _part(self, targets: Tensor, vertex_ids: Tensor) -> PartField:
+    def _part(self, targets: Tensor, vertex_ids: Tensor) -> PartOffsets:
         padding = targets.new_full((targets.shape[0], 1, 3), PADDING_POSITION)
         offsets = torch.cat([self.head.canonical_vertices - targets, torch.zeros_like(padding)], 1)
-        return PartField(self._index(targets, vertex_ids), vertex_ids, torch.cat([targets, padding], 1), offsets)
+        return PartOffsets(self._index(targets, vertex_ids), vertex_ids, torch.cat([targets, padding], 1), offsets)
 
     def _index(self, targets: Tensor, vertex_ids: Tensor) -> VertexIndex:
         return VertexIndex(targets[:, vertex_ids], self.config.tree_workers)
