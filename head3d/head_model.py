@@ -143,7 +143,7 @@ class HeadModel(nn.Module):
         return (linear * rest[:, :, None, :]).sum(-1) + shift
 
     def landmarks(self, vertices: Tensor) -> Tensor:
-        """The 68 face landmarks (usual iBUG order) and the left and right pupil, [B, 70, 3], of posed meshes [B, N, 3]."""
+        """The 68 face landmarks (usual iBUG order) and the right and the left pupil, [B, 70, 3], of posed meshes [B, N, 3]."""
         return (vertices[:, self.landmark_corners] * self.landmark_barycentric[..., None]).sum(2)
 
     def faces_within(self, vertex_ids: Tensor) -> Tensor:
