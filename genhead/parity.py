@@ -6,6 +6,7 @@ deterministic mode. Noise is the constant buffers; truncation is 0.7 on all laye
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +58,10 @@ def read_recording(folder: Path) -> Callable[[str], Tensor]:
         raise AssetError(
             f"{path}: expected the recorded inputs and outputs, found no such file; give the folder that holds recipe.json and io.npz"
         )
-    arrays = np.load(path, allow_pickle=False)
+    try:
+        arrays = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise AssetError(f"{path}: expected an .npz of plain arrays, but it cannot be read ({error}); copy it again") from error
 
     def read(name: str) -> Tensor:
         if name not in arrays.files:
