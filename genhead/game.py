@@ -94,6 +94,9 @@ class Game:
     def step(self, labels: Tensor, real: tuple[Tensor, Tensor, Tensor], images_seen: int, step: int, rank: int) -> dict[str, float]:
         """Gmain (with the lazy smoothness term), then Dmain (with the lazy gradient penalty).
 
+        The published loop takes the lazy terms in optimiser steps of their own, with fresh draws; here they join the main step, which
+        saves a rendering and a pass of the discriminator. The optimisers keep the published correction of rate and decays.
+
         labels [N, 437] of the whole set, real = (image [B, 3, S, S] in [-1, 1], matte [B, 1, S, S] in [0, 1], label [B, 437]) of
         this process. Returns scalars for the log.
         """
