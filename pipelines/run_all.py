@@ -92,13 +92,13 @@ def stages(config: DemoRun) -> list[Stage]:
     ]
 
 
-def main(config: DemoRun) -> int:
-    """Run the stages in order; stops at the first that fails and returns its exit status."""
+def main(config: DemoRun, chain: list[Stage] | None = None) -> int:
+    """Run the stages in order (all, or those of `chain`); stops at the first that fails. Exit status 0 or 1."""
     if not config.configs.is_dir():
         raise ConfigError(
             f"--configs: expected a folder with <stage>_{config.size}.yaml, {config.configs} is none; call from the project's folder"
         )
-    started, chain = time.monotonic(), stages(config)
+    started, chain = time.monotonic(), chain or stages(config)
     for number, stage in enumerate(chain, 1):
         arguments = ["--config", str(config.configs / f"{stage.command.replace('-', '_')}_{config.size}.yaml")] if stage.has_config else []
         arguments = ["-m", "pipelines", stage.command, *arguments, *stage.arguments]
