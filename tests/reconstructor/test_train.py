@@ -180,6 +180,15 @@ def test_wrong_data_is_refused_before_anything_is_written(world, tmp_path):
     wide = dataclasses.replace(config.model, architecture=dataclasses.replace(config.model.architecture, motion_dim=548))
     with pytest.raises(ConfigError, match="motion_dim is 548, but the motion comes as a FLAME vector of 109"):
         train(dataclasses.replace(config, model=wide))
+    for change, message in (
+        ({"render_resolution": 8}, "made with render_resolution 16, but model.render_resolution gives 8; make it 16"),
+        ({"architecture": dataclasses.replace(config.model.architecture, plane_channels=4)}, "model.architecture.plane_channels gives 4"),
+        ({"superresolution": dataclasses.replace(config.model.superresolution, channels=(8, 8))}, r"image_resolution 32, but .* gives 64"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(dataclasses.replace(config, model=dataclasses.replace(config.model, **change)))
+    with pytest.raises(ConfigError, match="architecture.background.channels: expected feature_channels, 4, got 8"):
+        dataclasses.replace(config.model, feature_channels=4)
     with pytest.raises(AssetError, match="generator weights"):
         other = tmp_path / "generator"
         other.mkdir()
@@ -250,3 +259,23 @@ def test_two_processes_train_together_and_one_goes_on(world, tmp_path):
     assert [line["images_seen"] for line in read_metrics(config.out)] == [4, 8]
     assert train(dataclasses.replace(config, total_images=12)) == 0
     assert latest_checkpoint(config.out).images_seen == 12
+
+
+def test_the_average_follows_the_network_by_its_half_life(world, tmp_path):
+    config = world.run(tmp_path, ema_images=8.0, ema_ramp=0.0)
+    one = learner(config)
+    before = one.averaged.decoder.color.weight.clone()
+    training.step(config, one, first_batch(config), 0, ALONE)
+    keep = 0.5 ** (4 / 8)
+    assert torch.allclose(one.averaged.decoder.color.weight, before * keep + one.model.decoder.color.weight * (1 - keep), atol=1e-7)
+    assert not torch.equal(before, one.averaged.decoder.color.weight)
+
+
+def test_rays_are_drawn_anew_for_every_step_rank_and_micro_batch(world, tmp_path, monkeypatch):
+    config, keys = world.run(tmp_path, micro_batch=2), []
+    one, batch = learner(config), first_batch(config)
+    original = training.torch_generator
+    monkeypatch.setattr(training, "torch_generator", lambda *key: keys.append(key) or original(*key))
+    for seen, rank in ((0, 0), (4, 0), (4, 1)):
+        training.step(config, one, batch, seen, ALONE._replace(rank=rank))
+    assert len(keys) == 6 and len(set(keys)) == 6
