@@ -26,7 +26,7 @@ from head3d.networks.superresolution import SuperResolution, SuperResolutionConf
 from head3d.rendering import FieldSamples, HeadImages, RaySampling, render_rays, to_picture
 from head3d.run.checkpoint import load_exported
 from head3d.run.config import PositiveInt
-from head3d.run.errors import AssetError
+from head3d.run.errors import AssetError, ConfigError
 from head3d.triplane import Decoder, sample_planes
 from reconstructor.architectures.portrait4d import Portrait4D, Portrait4DConfig
 
@@ -44,6 +44,14 @@ class ReconstructorConfig:
     sampling: RaySampling = RaySampling()  # ray samples
     deformation: DeformationConfig = DeformationConfig()  # neck stage
     superresolution: SuperResolutionConfig = SuperResolutionConfig()  # R to the final picture; as the generator's
+
+    def __post_init__(self) -> None:
+        for name, channels in (
+            ("architecture.background.channels", self.architecture.background.channels),
+            ("superresolution.feature_channels", self.superresolution.feature_channels),
+        ):
+            if channels != self.feature_channels:
+                raise ConfigError(f"{name}: expected feature_channels, {self.feature_channels}, got {channels}; set both to one number")
 
 
 class Reconstructor(nn.Module):

@@ -212,6 +212,20 @@ def check_data(config: ReconstructorRun, dataset: ShardDataset) -> None:
             f"model.architecture.motion_dim is {architecture.motion_dim}, but the motion comes as a FLAME vector of "
             f"{MOTION_VECTOR_SIZE} numbers (expression 100, jaw 3, eyes 6); set it to {MOTION_VECTOR_SIZE}"
         )
+    model, losses, stored = config.model, config.losses, dataset.manifest["settings"]["generator"]["model"]
+    maps = any(getattr(losses, term).weight for term in ("image", "features", "depth", "opacity"))
+    for setting, own, name, needed in (
+        ("architecture.image_resolution", architecture.image_resolution, "image_resolution", True),
+        ("superresolution (its input, doubled by each block)", model.superresolution.output_resolution, "image_resolution", True),
+        ("render_resolution", model.render_resolution, "render_resolution", maps),
+        ("feature_channels", model.feature_channels, "feature_channels", losses.features.weight > 0),
+        ("architecture.plane_channels", architecture.plane_channels, "plane_channels", losses.points.weight > 0),
+    ):
+        if needed and own != stored[name]:
+            raise ConfigError(
+                f"{where}: the shards were made with {name} {stored[name]}, but model.{setting} gives {own}; "
+                f"make it {stored[name]}, or give shards of that size"
+            )
     training = [frame for frame in dataset.frames if frame.split == "train"]
     available: dict[str, int] = {}
     for frame in training:
