@@ -12,14 +12,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from datagen.reading import ShardDataset, open_dataset
+from datagen.reading import ShardDataset, open_dataset, read_manifest
 from head3d.head_model import BUILT_IN
 from head3d.labels import Motion, unpack_label
 from head3d.pictures import grid, save_png, save_video, to_uint8
 from head3d.run.checkpoint import exported_hash, load_exported
 from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt, to_dict
 from head3d.run.errors import ConfigError, DataError
-from head3d.run.files import write_atomic
+from head3d.run.files import sha256_of_file, write_atomic
 from head3d.run.runlog import progress
 from reconstructor.avatar import Avatar
 from reconstructor.batches import as_picture
@@ -81,6 +81,7 @@ def drive(config: DriveRun) -> int:
     """
     record = {
         "reconstructor": exported_hash(config.reconstructor),
+        "inputs": _inputs(config),
         "settings": {key: value for key, value in to_dict(config).items() if key not in ("out", "reconstructor", "shards", "batch")},
     }
     video, finished = config.out / "drive.mp4", config.out / "drive.json"
@@ -101,6 +102,17 @@ def drive(config: DriveRun) -> int:
     write_atomic(finished, json.dumps(record, indent=1) + "\n")
     print(f"{video}: {len(frames)} frames")
     return 0
+
+
+def _inputs(config: DriveRun) -> dict[str, str]:
+    """Hashes of what the settings only name: picture file, motion file, data set."""
+    found = {}
+    for name, value in (("source", config.source), ("motion", config.motion)):
+        if value == "shard":
+            found["shards"] = read_manifest(config.shards)["config_hash"]
+        elif Path(value).is_file():
+            found[name] = sha256_of_file(value)
+    return found
 
 
 def render_frames(avatar: Avatar, sequence: Sequence, batch: int) -> np.ndarray:
@@ -193,6 +205,6 @@ def held_out_frames(dataset: ShardDataset) -> list:
     frames = [frame for frame in dataset.frames if frame.split != "train"]
     if not frames:
         raise DataError(
-            f"{dataset.folder}: no identity is held out; generate with --recipes.test_share above 0, or give a picture file as source"
+            f"{dataset.folder}: no identity is held out; generate with --recipe.test_share above 0, or give a picture file as source"
         )
     return sorted(frames, key=lambda frame: (frame.kind == "static", frame.identity, frame.motion))

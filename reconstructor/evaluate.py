@@ -136,7 +136,7 @@ def evaluate(config: EvaluateRun) -> int:
     record = {
         "reconstructor": exported_hash(config.reconstructor),
         "generator": plan.generator.hash,
-        "data": plan.hash,
+        "data": {"hash": plan.hash, "identities": plan.identities},
         "settings": {
             key: value for key, value in to_dict(config).items() if key not in ("out", "reconstructor", "shards", "generator", "batch")
         },
@@ -218,6 +218,11 @@ def draw_cases(dataset: ShardDataset, config: EvaluateRun) -> list[Case]:
             for number in range(config.samples):
                 rng = numpy_generator(config.seed, "evaluate", task, identity, number)
                 cases.append(_draw_case(task, by_identity[identity], drivers, rng))
+    if not cases:
+        raise DataError(
+            f"{config.shards}: the split '{config.split}' holds one frame with one view, which forms no task; "
+            f"generate more identities, motions or views"
+        )
     return cases
 
 

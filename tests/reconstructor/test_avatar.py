@@ -194,6 +194,9 @@ def test_drive_takes_a_picture_file_and_a_motion_file(exported, tmp_path):
     )
     assert drive(config) == 0
     assert len(imageio.imread(tmp_path / "out" / "drive.mp4", plugin="FFMPEG")) == 5
+    np.savez(tmp_path / "motion.npz", expression=np.zeros((3, 100), np.float32))
+    assert drive(config) == 0  # another file under the same name is not taken for done
+    assert len(imageio.imread(tmp_path / "out" / "drive.mp4", plugin="FFMPEG")) == 3
 
 
 def test_a_source_that_is_no_picture_is_an_error(exported, tmp_path):

@@ -140,5 +140,8 @@ def test_a_task_that_cannot_be_formed_is_left_out_and_named(config):
     only = next(frame for frame in dataset.frames if frame.split == "test" and frame.kind == "static")
     dataset.frames = [only]
     assert {case.task for case in draw_cases(dataset, config)} == {"novel_view"}
+    dataset.frames = [only._replace(views=1)]
+    with pytest.raises(DataError, match="forms no task"):
+        draw_cases(dataset, config)
     text = evaluation.table({"novel_view": {"samples": 2, "identities": 1, "rows": {}}})
     assert "left out" in text and "self_reenactment, cross_reenactment" in text
