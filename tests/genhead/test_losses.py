@@ -2,11 +2,12 @@
 
 import types
 
+import pytest
 import torch
 
 from genhead.losses import DiscriminatorParts, RegularizerConfig, density_smoothness, distortion, part_regularizers
 from head3d.rendering import Rendered
-from head3d.triplane import Decoder
+from head3d.triplane import Decoder, sample_planes
 
 
 def test_distortion_by_prefix_sums_equals_the_double_sum():
@@ -68,3 +69,18 @@ def test_smoothness_is_zero_on_constant_planes_and_positive_on_rough_ones():
     rough = density_smoothness(genhead, torch.randn(1, 2, 3, 4, 16, 16, generator=generator), RegularizerConfig(), generator)
     even = density_smoothness(genhead, torch.zeros(1, 2, 3, 4, 16, 16), RegularizerConfig(), generator)
     assert even == 0 and rough > 0
+
+
+@pytest.mark.parametrize(("published", "half"), [(False, 0.65), (True, 1.0)])
+def test_smoothness_is_the_mean_over_eye_head_and_mouth_branches(published, half):
+    config = types.SimpleNamespace(sampling=types.SimpleNamespace(box_side=1.3), published=published)
+    genhead = types.SimpleNamespace(config=config, decoder=lambda features: (None, features[..., :1]))  # density is the first feature
+    planes = torch.randn(2, 2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    draws = torch.Generator().manual_seed(2)
+    points = (torch.rand(2, 1000, 3, generator=draws) * 2 - 1) * half
+    near = points + torch.randn(2, 1000, 3, generator=draws) * 0.004 * 1.3
+    eye, head = (
+        (sample_planes(planes[:, i], points, 1.3)[..., 0] - sample_planes(planes[:, i], near, 1.3)[..., 0]).abs().mean() for i in (0, 1)
+    )
+    found = density_smoothness(genhead, planes, RegularizerConfig(), torch.Generator().manual_seed(2))
+    torch.testing.assert_close(found, 0.25 * (eye + head + eye) / 3)

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from genhead.background import BackgroundConfig
-from genhead.game import GameConfig
+from genhead.game import Game, GameConfig
 from genhead.generator import GenHeadConfig, load_genhead
-from genhead.portraits import Portrait, write_portraits
+from genhead.losses import RegularizerConfig
+from genhead.portraits import Portrait, PortraitSet, write_portraits
 from genhead.train import GenHeadRun, check_finite, crossed, train
 from head3d.cameras import orbit
+from head3d.head_model import load_head_model
 from head3d.labels import Motion, pack_label
 from head3d.networks.discriminator import DiscriminatorConfig
 from head3d.networks.superresolution import SuperResolutionConfig
@@ -48,7 +50,10 @@ def portraits(tmp_path_factory) -> Path:
     camera = orbit(torch.linspace(-0.5, 0.5, count), torch.zeros(count), torch.full((count,), 4.17))
     labels = pack_label(camera, torch.randn(count, 300, generator=generator), Motion.neutral(count)).numpy()
     rng = np.random.default_rng(0)
-    pictures = [Portrait(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8), rng.integers(0, 255, (16, 16), dtype=np.uint8), label) for label in labels]
+    pictures = [
+        Portrait(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8), rng.integers(0, 255, (16, 16), dtype=np.uint8), label)
+        for label in labels
+    ]
     write_portraits(path, pictures, 16, count, {})
     return path
 
@@ -118,7 +123,13 @@ def test_the_export_renders_and_carries_no_head_model(finished):
 
 def test_metrics_name_every_loss(finished):
     line = read_metrics(finished)[-1]
-    expected = {"generator/adversarial", "discriminator/adversarial", "discriminator/real_logits", "discriminator/fake_logits", "generator/opacity"}
+    expected = {
+        "generator/adversarial",
+        "discriminator/adversarial",
+        "discriminator/real_logits",
+        "discriminator/fake_logits",
+        "generator/opacity",
+    }
     assert expected <= line.keys() and line["images_seen"] == 12
     assert any("discriminator/r1" in entry for entry in read_metrics(finished))
 
@@ -174,3 +185,43 @@ def test_an_export_of_other_widths_is_refused(tmp_path, finished):
 
 def test_crossed_fires_once_per_multiple():
     assert [seen for seen in range(4, 41, 4) if crossed(seen, 4, 10)] == [12, 20, 32, 40]
+
+
+# One step's parts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def game() -> Game:
+    config = GameConfig(batch=4, swap_start=1.0, swap_end=0.5, swap_images=100, reuse_fakes=True)
+    return Game(config, MODEL, DISCRIMINATOR, RegularizerConfig(), load_head_model(None), seed=0, device=torch.device("cpu"))
+
+
+def _labels(count: int, neck: float = 0.0) -> torch.Tensor:
+    """Every camera, shape and expression tells which portrait it belongs to."""
+    number = torch.arange(count, dtype=torch.float32)
+    camera = orbit(number / count, torch.zeros(count), torch.full((count,), 4.17))
+    motion = Motion.neutral(count)._replace(expression=number[:, None].expand(-1, 100), neck_pose=torch.full((count, 3), neck))
+    return pack_label(camera, number[:, None].expand(-1, 300), motion)
+
+
+def test_fakes_take_whole_labels_without_the_neck_and_a_falling_share_is_conditioned_on_the_neighbour(game):
+    labels = _labels(50, neck=0.4)
+    for images_seen, share in ((0, 1.0), (50, 0.75), (100, 0.5), (10**6, 0.5)):
+        made = game.conditions(labels, 4000, images_seen, torch.Generator().manual_seed(images_seen))
+        who = made.label.shape[:, 0].long()
+        assert len(who.unique()) == 50 and (made.label.motion.neck_pose == 0).all()
+        assert torch.equal(made.label.camera.label(), labels[who, :25]) and torch.equal(made.label.motion.expression[:, 0].long(), who)
+        whose = made.condition_shape[:, 0].long()
+        assert torch.equal(made.condition_camera, labels[whose, :25])  # camera and shape are swapped together
+        assert ((whose == who) | (whose == who.roll(1))).all()
+        neighbours_differ = who != who.roll(1)
+        assert abs((whose != who)[neighbours_differ].float().mean() - share) < 0.03
+
+
+def test_reused_fakes_are_rendered_once_a_step_and_judged_by_both_players(game, portraits, monkeypatch):
+    calls = []
+    monkeypatch.setattr(game, "_fake", lambda *args, made=game._fake, **kwargs: calls.append(1) or made(*args, **kwargs))
+    data = PortraitSet(portraits)
+    scalars = game.step(torch.from_numpy(data.labels()), data.batch([0, 1, 2, 3]), 0, 1, 0)
+    assert len(calls) == 1
+    assert scalars["generator/logits"] == pytest.approx(scalars["discriminator/fake_logits"], rel=1e-4)  # the same pictures
