@@ -16,11 +16,6 @@ from head3d.networks.stylegan2 import Mapping, Synthesis
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
 from head3d.run.errors import AssetError
 
-REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "parity" / "genhead"
-needs_reference = pytest.mark.skipif(
-    not (REFERENCE / "recipe.json").is_file(), reason=f"the reference numbers of the published network are not at {REFERENCE}"
-)
-
 
 def test_every_kind_of_published_name_has_one_place() -> None:
     names = {
@@ -67,16 +62,16 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@needs_reference
-def test_the_published_networks_give_the_recorded_numbers() -> None:
+def test_the_published_networks_give_the_recorded_numbers(parity: Path) -> None:
     """Everything but the deformed rendering between planes and raw image; about 5 s on one core."""
-    recorded = {name: torch.from_numpy(array).float() for name, array in np.load(REFERENCE / "io.npz").items() if name != "uv"}
+    reference = parity / "genhead"
+    recorded = {name: torch.from_numpy(array).float() for name, array in np.load(reference / "io.npz").items() if name != "uv"}
     networks = nn.Module()
     networks.backbone = Synthesis(512, 256, 192)
     networks.mapping = Mapping(512, 325, 512, networks.backbone.num_ws, layers=2)
     networks.background_network = BackgroundGenerator(BackgroundConfig())
     networks.superresolution = SuperResolution(SuperResolutionConfig())
-    weights = rename(read_recipe(REFERENCE), GENHEAD_NAMES, str(REFERENCE))
+    weights = rename(read_recipe(reference), GENHEAD_NAMES, str(reference))
     decoder = {name: tuple(weights.pop(name).shape) for name in list(weights) if name.startswith("decoder.")}
     assert sorted(decoder.values()) == [(1,), (1, 64), (32,), (32, 64), (64,), (64, 32)]
     networks.load_state_dict(weights)  # strict: each tensor of either side has its partner

@@ -23,6 +23,9 @@ assert weight.tolist() == [0, 0]
 weight.grad = torch.tensor([1.0, 2.0]) * (me.rank + 1)
 if me.rank == 0:
     other.grad = torch.ones(3)  # the other process has none
+mean = torch.tensor([2.0, 4.0]) * me.rank
+average_tensors([mean])
+assert mean.tolist() == [1, 2]
 average_gradients([weight, other])
 assert weight.grad.tolist() == [1.5, 3.0] and other.grad.tolist() == [0.5] * 3
 assert mean_scalars({"a": me.rank, "b": torch.tensor(3.0)}, me.device) == {"a": 0.5, "b": 3.0}
