@@ -45,6 +45,10 @@ class ShardConfig:
     image_format: Literal["jpg", "png"] = "jpg"  # jpg: 4:4:4; png: lossless, about four times the bytes and the reading time
     jpeg_quality: PositiveInt = 95  # 1 to 100
 
+    def __post_init__(self) -> None:
+        if self.jpeg_quality > 100:
+            raise ValueError(f"jpeg_quality: expected 1 to 100, got {self.jpeg_quality}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Scales:

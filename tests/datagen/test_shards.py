@@ -330,6 +330,11 @@ def test_a_shard_of_another_data_set_is_not_read(folder):
         open_dataset(folder)
 
 
+def test_a_quality_that_no_jpeg_has_is_refused():
+    with pytest.raises(ValueError, match="expected 1 to 100, got 101"):
+        ShardConfig(jpeg_quality=101)
+
+
 def test_an_array_without_numbers_is_left_out():
     values = frame(0, 0) | {"points": np.empty((VIEWS, 0, 3)), "point_features": np.empty((VIEWS, 0, CHANNELS))}
     assert sorted(encode_sample("labels", values, SCALES, CONFIG)) == ["depth.npy", "foreground.npy"]
