@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from head3d.pictures import save_png
-from head3d.run.files import write_atomic
+from head3d.run.files import write_atomic, write_errors
 
 _METRICS, _PICTURES, _EVENTS = "metrics.jsonl", "pictures", "tensorboard"
 
@@ -25,7 +25,7 @@ class RunLog:
 
     Writes FOLDER/metrics.jsonl (one JSON object a line), FOLDER/tensorboard/ and FOLDER/pictures/{images_seen}_{name}.png. A run that
     resumes at `images_seen` drops what a later, lost state had written, so the log reads as if nothing had happened.
-    With enabled=False (every rank but the first) nothing is written.
+    With enabled=False (every rank but the first) nothing is written. Raises DataError if the disk refuses.
     """
 
     def __init__(self, folder: Path | str, images_seen: int, enabled: bool = True):
@@ -35,7 +35,8 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        (self.folder / _PICTURES).mkdir(parents=True, exist_ok=True)
+        with write_errors(self.folder):
+            (self.folder / _PICTURES).mkdir(parents=True, exist_ok=True)
         self._forget_after(images_seen)
         self._metrics = (self.folder / _METRICS).open("a", encoding="utf-8")
         self._events = SummaryWriter(str(self.folder / _EVENTS), purge_step=images_seen + 1)
@@ -46,8 +47,9 @@ class RunLog:
             return
         numbers = {name: float(value) for name, value in values.items()}
         line = {"images_seen": images_seen} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        with write_errors(self.folder / _METRICS):
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
         for name, value in numbers.items():
             self._events.add_scalar(name, value, images_seen)
 
@@ -61,8 +63,10 @@ class RunLog:
 
     def close(self) -> None:
         if self.enabled:
-            self._metrics.close()
-            self._events.close()
+            with write_errors(self.folder / _METRICS):
+                self._metrics.close()
+            with write_errors(self.folder / _EVENTS):
+                self._events.close()
 
     def __enter__(self) -> RunLog:
         return self

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from head3d.run.errors import DataError
 from head3d.run.runlog import RunLog, progress, read_metrics
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)
@@ -46,6 +49,14 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     with RunLog(tmp_path, 99) as log:
         log.scalars(24, {"loss": 2.0})
     assert [line["images_seen"] for line in read_metrics(tmp_path)] == [8, 24]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
+def test_a_full_disk_is_a_data_error_that_names_the_file(tmp_path):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: could not be written: No space left on device"), RunLog(tmp_path, 0) as log:
+        log._metrics.close()
+        log._metrics = Path("/dev/full").open("a")  # the log closes it
+        log.scalars(8, {"loss": 1.0})
 
 
 def test_a_run_that_has_not_logged_has_no_metrics(tmp_path):
