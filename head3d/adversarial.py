@@ -85,11 +85,11 @@ def blur_images(images: Tensor, sigma_px: float, include_raw: bool = False) -> T
 def lazy_adam(
     parameters: Iterable[nn.Parameter],
     learning_rate: float,
-    regularize_every: int | None,  # steps between regularisation; None = no lazy term
+    regularize_every: int,  # steps between regularisation
     betas: tuple[float, float] = (0.0, 0.99),
 ) -> torch.optim.Adam:
     """Adam whose rate and decays are corrected for a regulariser that joins every k-th step only: c = k / (k + 1), rate * c, betas ** c."""
-    c = 1.0 if regularize_every is None else regularize_every / (regularize_every + 1)
+    c = regularize_every / (regularize_every + 1)
     return torch.optim.Adam(parameters, lr=learning_rate * c, betas=(betas[0] ** c, betas[1] ** c), eps=1e-8)
 
 

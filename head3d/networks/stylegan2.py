@@ -111,7 +111,6 @@ class Mapping(nn.Module):
         z: Tensor | None,  # [B, z_dim] standard normal; None where z_dim is 0
         c: Tensor | None = None,  # [B, c_dim]; None where c_dim is 0
         truncation_psi: float = 1.0,  # w <- w_average + psi * (w - w_average)
-        cutoff: int | None = None,  # truncate the first `cutoff` layers only; None = all
         update_average: bool = False,  # move w_average towards this batch's mean (training steps of the generator)
     ) -> Tensor:
         """Return ws [B, n_ws, w_dim]."""
@@ -132,10 +131,7 @@ class Mapping(nn.Module):
         ws = x[:, None].expand(-1, self.n_ws, -1)
         if truncation_psi == 1.0:
             return ws
-        truncated = self.w_average.lerp(ws, truncation_psi)
-        if cutoff is None or cutoff >= self.n_ws:
-            return truncated
-        return torch.cat([truncated[:, :cutoff], ws[:, cutoff:]], dim=1)
+        return self.w_average.lerp(ws, truncation_psi)
 
 
 def modulated_conv(

@@ -49,19 +49,6 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait until every process is here."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite the tensors (parameters and buffers, in the same order everywhere) with those of rank 0."""
-    if torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.broadcast(tensor.data, src=0)
-
-
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over the processes, in one message a data type.
 

@@ -108,7 +108,6 @@ def test_adam_is_corrected_for_the_lazy_step() -> None:
     group = lazy_adam([nn.Parameter(torch.zeros(1))], 0.0025, 4).param_groups[0]
     assert group["lr"] == pytest.approx(0.002)
     assert group["betas"] == (0.0, pytest.approx(0.99**0.8))
-    assert lazy_adam([nn.Parameter(torch.zeros(1))], 0.0025, None).param_groups[0]["lr"] == 0.0025
 
 
 def test_broken_gradients_are_mended_and_counted() -> None:
