@@ -180,9 +180,9 @@ def _nearest_faces_pytorch3d(corners: Tensor, resolution: int, cull_backfaces: b
     from pytorch3d.structures import Meshes
 
     batch, count = corners.shape[:2]
-    vertices = torch.stack(
-        [1 - 2 * corners[..., 0] / resolution, 1 - 2 * corners[..., 1] / resolution, corners[..., 2]], dim=-1
-    ).reshape(batch, count * 3, 3)
+    vertices = torch.stack([1 - 2 * corners[..., 0] / resolution, 1 - 2 * corners[..., 1] / resolution, corners[..., 2]], dim=-1).reshape(
+        batch, count * 3, 3
+    )
     faces = torch.arange(count * 3, device=corners.device).view(1, count, 3).expand(batch, -1, -1)
     packed, *_ = rasterize_meshes(
         Meshes(vertices, faces), image_size=resolution, blur_radius=0.0, faces_per_pixel=1,

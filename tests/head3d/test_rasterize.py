@@ -39,9 +39,7 @@ def per_pixel_reference(vertices, faces, camera, resolution, cull_backfaces):
             for i in range(resolution):
                 for j in range(resolution):
                     p = (j + 0.5, i + 0.5)
-                    cross = [
-                        (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0]) for q, r in ((b_, c), (c, a), (a, b_))
-                    ]
+                    cross = [(q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0]) for q, r in ((b_, c), (c, a), (a, b_))]
                     weights = [value / area for value in cross]
                     if min(weights) < 0:
                         continue
@@ -133,9 +131,7 @@ def test_a_pixel_centre_on_a_shared_edge_is_covered_and_equal_depths_go_to_the_l
 
 
 def test_faces_behind_off_screen_and_degenerate_are_dropped():
-    vertices = torch.tensor(
-        [[[0.0, 0, 9], [1, 0, 9], [0, 1, 9], [90, 0, 0], [91, 0, 0], [90, 1, 0], [0, 0, 0], [0, 0, 0], [0.1, 0, 0]]]
-    )
+    vertices = torch.tensor([[[0.0, 0, 9], [1, 0, 9], [0, 1, 9], [90, 0, 0], [91, 0, 0], [90, 1, 0], [0, 0, 0], [0, 0, 0], [0.1, 0, 0]]])
     raster = rasterize(vertices, torch.arange(9).view(3, 3), frontal(1), 16)
     assert (raster.face_ids == -1).all()
 
