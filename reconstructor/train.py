@@ -111,11 +111,11 @@ def _train(config: ReconstructorRun, process: distributed.Process) -> int:
     learner = build(config, open_plan(config.shards), process.device, warm=config.warm_start and saved is None)
     images_seen = restore(config, learner, saved) if saved else 0
     if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
-        print(f"{config.out}: finished at {images_seen} images, nothing to do")
+        if process.is_main:
+            print(f"{config.out}: finished at {images_seen} images, nothing to do")
         return 0
     preview = preview_batch(config, dataset).to(process.device)
     if process.is_main:
-        config.out.mkdir(parents=True, exist_ok=True)
         save_yaml(config, config.out / "config.yaml")
     log = RunLog(config.out, images_seen, enabled=process.is_main)
     bar = progress(config.total_images, "reconstructor", unit="img", initial=images_seen, enabled=process.is_main)

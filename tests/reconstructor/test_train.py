@@ -254,7 +254,11 @@ def test_two_processes_train_together_and_one_goes_on(world, tmp_path):
         )
         for rank in "01"
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # the other one waits for ever when one has failed
     assert [process.returncode for process in processes] == [0, 0], errors
     assert [line["images_seen"] for line in read_metrics(config.out)] == [4, 8]
     assert train(dataclasses.replace(config, total_images=12)) == 0
