@@ -153,6 +153,17 @@ def test_a_truncated_pickle_is_an_error_that_names_the_file(tmp_path, small_head
         read_head_file(path)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_npz_is_an_error_that_names_the_file(tmp_path, small_head_arrays, save):
+    path = tmp_path / "head.npz"
+    save(path, **small_head_arrays)
+    whole = path.read_bytes()
+    for content in (b"", whole[:5000], whole[:5000] + bytes(100) + whole[5100:]):
+        path.write_bytes(content)
+        with pytest.raises(AssetError, match=r"head\.npz: not a readable \.npz of plain arrays"):
+            read_head_file(path)
+
+
 def test_an_npz_with_pickled_objects_is_refused(tmp_path):
     np.savez(tmp_path / "objects.npz", v_template=np.array([{}], dtype=object))
     with pytest.raises(AssetError, match=r"objects\.npz"):
