@@ -55,7 +55,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
 def test_a_full_disk_is_a_data_error_that_names_the_file(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl: could not be written: No space left on device"), RunLog(tmp_path, 0) as log:
         log._metrics.close()
-        log._metrics = Path("/dev/full").open("a")  # the log closes it
+        log._metrics = Path("/dev/full").open("a")  # noqa: SIM115 (the log closes it)
         log.scalars(8, {"loss": 1.0})
 
 
