@@ -109,7 +109,7 @@ def _train(config: ReconstructorRun, process: distributed.Process) -> int:
     check_data(config, dataset)
     saved = latest_checkpoint(config.out)
     learner = build(config, open_plan(config.shards), process.device, warm=config.warm_start and saved is None)
-    images_seen = restore(config, learner, saved) if saved else 0
+    images_seen = restore(config, learner, saved, data_facts(dataset)) if saved else 0
     if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
         if process.is_main:
             print(f"{config.out}: finished at {images_seen} images, nothing to do")
@@ -153,7 +153,7 @@ def _train(config: ReconstructorRun, process: distributed.Process) -> int:
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
                 log.image(images_seen, "preview", preview_picture(learner.averaged, preview))
             if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
-                save(config, learner, images_seen)
+                save(config, learner, images_seen, data_facts(dataset))
             if stopping:
                 return 0
     if process.is_main:
@@ -324,21 +324,31 @@ def depth_picture(depth: Tensor, camera: Camera, side: int, box_side: float) -> 
     return colorize(resized[:, 0], -box_side / 2, box_side / 2)
 
 
-def save(config: ReconstructorRun, learner: Learner, images_seen: int) -> Path:
+def data_facts(dataset: ShardDataset) -> dict:
+    """What the order of samples depends on beside the settings: a set that grew, or lacked shards, has another order."""
+    return {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames)}
+
+
+def save(config: ReconstructorRun, learner: Learner, images_seen: int, data: dict) -> Path:
     """Write a checkpoint: network, average, optimiser. The data and every draw need no state: they are keyed by images seen."""
     tensors, optimizer = pack_optimizer(learner.optimizer, "optimizer")
     for name, model in (("model", learner.model), ("averaged", learner.averaged)):
         tensors |= {f"{name}/{key}": value for key, value in model.weights().items()}
-    return save_checkpoint(config.out, images_seen, tensors, {"optimizer": optimizer}, config, config.keep)
+    return save_checkpoint(config.out, images_seen, tensors, {"optimizer": optimizer, "data": data}, config, config.keep)
 
 
-def restore(config: ReconstructorRun, learner: Learner, saved: Checkpoint) -> int:
-    """Put a checkpoint back. Raises ConfigError if the run was started with other settings. Returns the images seen."""
+def restore(config: ReconstructorRun, learner: Learner, saved: Checkpoint, data: dict) -> int:
+    """Put a checkpoint back. Raises ConfigError if the run was started with other settings or data. Returns the images seen."""
     differing = sorted(key for key, value in _settings(to_dict(config)).items() if _settings(saved.config).get(key) != value)
     if differing:
         raise ConfigError(
             f"{saved.folder}: the run was started with other settings of {', '.join(differing)}; "
             "give them as they were, or another --out for a new run"
+        )
+    if saved.state.get("data") != data:
+        raise ConfigError(
+            f"{saved.folder}: the run was started on other data, {saved.state.get('data')}, and {config.shards} holds {data}, "
+            "which come in another order; give the shards as they were, or another --out for a new run"
         )
     for name, model in (("model", learner.model), ("averaged", learner.averaged)):
         weights = {key.removeprefix(f"{name}/"): value for key, value in saved.tensors.items() if key.startswith(f"{name}/")}

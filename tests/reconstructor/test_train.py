@@ -162,6 +162,20 @@ def test_a_resume_with_other_settings_is_refused_by_name(world, tmp_path):
         train(dataclasses.replace(config, total_images=8, learning_rate=1e-2, batches=BatchConfig(size=2)))
 
 
+def test_a_resume_on_a_data_set_that_changed_is_refused(world, tmp_path, monkeypatch):
+    config = world.run(tmp_path / "run", total_images=4)
+    train(config)
+
+    def grown(folder):
+        dataset = open_dataset(folder)
+        dataset.frames = dataset.frames + dataset.frames[:1]
+        return dataset
+
+    monkeypatch.setattr(training, "open_dataset", grown)
+    with pytest.raises(ConfigError, match="the run was started on other data, .* or another --out"):
+        train(dataclasses.replace(config, total_images=8))
+
+
 def test_divergence_stops_before_the_weights_are_touched(world, tmp_path):
     config = world.run(tmp_path / "run")
     one, batch = learner(config), first_batch(config)
