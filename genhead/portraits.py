@@ -216,11 +216,15 @@ class PortraitSet:
                 f"{self.path}: expected a portraits record (a folder with data.mdb), found none; "
                 f"make one with `headfoundry portraits --out {self.path}`"
             )
-        with self._open().begin() as transaction:
+        with self._reading() as transaction:
             entry = transaction.get(b"metadata")
+            entry = None if entry is None else bytes(entry)
         if entry is None:
             raise DataError(f"{self.path}: the record has no metadata entry, so it was not finished; delete the folder and make it again")
-        self.metadata: dict = json.loads(entry)
+        try:
+            self.metadata: dict = json.loads(entry)
+        except ValueError as error:
+            raise DataError(f"{self.path}: expected JSON in the metadata entry ({error}); delete the folder and make it again") from error
         if (self.metadata.get("schema"), self.metadata.get("version")) != (SCHEMA, VERSION):
             raise DataError(
                 f"{self.path}: expected schema {SCHEMA} version {VERSION}, got {self.metadata.get('schema')} version "
@@ -239,7 +243,7 @@ class PortraitSet:
     def __getitem__(self, index: int) -> Portrait:
         if not 0 <= index < len(self):
             raise IndexError(f"portrait {index} of {len(self)}")
-        with self._open().begin(buffers=True) as transaction:
+        with self._reading() as transaction:
             return decode_portrait(self._entry(transaction, index), f"{self.path}, portrait {index}")
 
     def labels(self) -> np.ndarray:
@@ -292,6 +296,16 @@ class PortraitSet:
                     )
         return self._environment
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[lmdb.Transaction]:
+        try:
+            with self._open().begin(buffers=True) as transaction:
+                yield transaction
+        except lmdb.Error as error:
+            raise DataError(
+                f"{self.path}/data.mdb: the file is damaged ({error}); copy it again, or delete the folder and make it again"
+            ) from error
+
     def _entry(self, transaction: lmdb.Transaction, index: int) -> memoryview:
         value = transaction.get(b"%08d" % index)
         if value is None:
@@ -304,7 +318,7 @@ class PortraitSet:
     def _read_labels(self) -> None:
         labels = np.empty((len(self), LABEL_SIZE), np.float32)
         flags = np.empty(len(self), np.uint32)
-        with self._open().begin(buffers=True) as transaction:
+        with self._reading() as transaction:
             for index in range(len(self)):
                 value = self._entry(transaction, index)
                 flags[index] = _read_header(value, f"{self.path}, portrait {index}")[0]

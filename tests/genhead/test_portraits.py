@@ -127,6 +127,16 @@ def test_missing_unfinished_foreign_and_damaged_records_are_data_errors(tmp_path
             transaction.put(b"metadata" if entry else b"other", json.dumps(entry).encode())
         with pytest.raises(DataError, match=message):
             PortraitSet(tmp_path / name)
+    with lmdb.open(str(tmp_path / "garbled")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"metadata", b"{\xac")
+    with pytest.raises(DataError, match="garbled: expected JSON in the metadata entry"):
+        PortraitSet(tmp_path / "garbled")
+    write(tmp_path / "overwritten", 30)
+    path = tmp_path / "overwritten/data.mdb"
+    content = path.read_bytes()
+    path.write_bytes(content[:8192] + bytes(len(content) - 8192))  # only the two pages that describe the file are left
+    with pytest.raises(DataError, match="overwritten/data.mdb: the file is damaged"):
+        PortraitSet(tmp_path / "overwritten")
     (tmp_path / "noise").mkdir()
     (tmp_path / "noise/data.mdb").write_bytes(b"no database" * 1000)
     with pytest.raises(DataError, match="noise/data.mdb: expected an LMDB file"):
