@@ -67,7 +67,7 @@ def test_the_chain_runs_from_nothing_to_a_page_and_a_second_call_makes_nothing_a
     for name in ("report/portraits.png", "report/shards.png", ".mp4", "genhead/pictures", "reconstructor/pictures", "<table>"):
         assert name in page, f"the page lacks {name}"
     assert "not made yet" not in page and "not run yet" not in page
-    assert list((out / "drive").glob("*.mp4"))[0].stat().st_size > 1000
+    assert next((out / "drive").glob("*.mp4")).stat().st_size > 1000
     before = _files(out)
     _run(demo)
     renewed = [path for path, stamp in _files(out).items() if before.get(path) != stamp]
