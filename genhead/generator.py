@@ -29,9 +29,8 @@ from head3d.networks.stylegan2 import Mapping, Synthesis
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
 from head3d.rasterize import part_masks
 from head3d.rendering import HeadImages, RaySampling, render_rays, to_picture
-from head3d.run.checkpoint import load_exported
+from head3d.run.checkpoint import fill_weights, load_exported
 from head3d.run.config import PositiveInt
-from head3d.run.errors import AssetError
 from head3d.triplane import Decoder, sample_planes
 
 EXPORT_KIND = "genhead"
@@ -106,15 +105,7 @@ class GenHead(nn.Module):
 
     def load_weights(self, weights: dict[str, Tensor], where: str) -> None:
         """Fill the learned state. Raises AssetError naming `where` and the keys or shapes that do not fit."""
-        own = self.weights()
-        missing, foreign = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-        shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-        if missing or foreign or shapes:
-            raise AssetError(
-                f"{where}: the weights do not fit this configuration: missing {missing[:3]}, unknown {foreign[:3]}, "
-                f"other shapes {shapes[:3]}; use the config.yaml that lies beside the weights"
-            )
-        self.load_state_dict(weights)
+        fill_weights(self, weights, where)
 
     def map(self, z: Tensor, condition_camera: Tensor, shape: Tensor, truncation_psi: float = 1.0, update_average: bool = False) -> Tensor:
         """z [B, z_dim], condition camera label [B, 25], shape [B, 300] -> styles ws [B, L, w_dim] (section 1, "mapping")."""

@@ -24,9 +24,9 @@ from head3d.head_model import HeadModel, load_head_model
 from head3d.labels import Motion
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
 from head3d.rendering import FieldSamples, HeadImages, RaySampling, render_rays, to_picture
-from head3d.run.checkpoint import load_exported
+from head3d.run.checkpoint import fill_weights, load_exported
 from head3d.run.config import PositiveInt
-from head3d.run.errors import AssetError, ConfigError
+from head3d.run.errors import ConfigError
 from head3d.triplane import Decoder, sample_planes
 from reconstructor.architectures.portrait4d import Portrait4D, Portrait4DConfig
 
@@ -67,20 +67,12 @@ class Reconstructor(nn.Module):
         self.superresolution = SuperResolution(config.superresolution)
 
     def weights(self) -> dict[str, Tensor]:
-        """The learned state: everything but the head model, which the configuration names."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("head_model.")}
+        """The learned state; the head model, which the configuration names, is not in it."""
+        return self.state_dict()
 
     def load_weights(self, weights: dict[str, Tensor], where: str) -> None:
         """Fill the learned state. Raises AssetError naming `where` and the keys or shapes that do not fit."""
-        own = self.weights()
-        missing, foreign = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-        shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-        if missing or foreign or shapes:
-            raise AssetError(
-                f"{where}: the weights do not fit this configuration: missing {missing[:3]}, unknown {foreign[:3]}, "
-                f"other shapes {shapes[:3]}; use the config.yaml that lies beside the weights"
-            )
-        self.load_state_dict(weights, strict=False)
+        fill_weights(self, weights, where)
 
     def pose(self, shape: Tensor, motion: Motion) -> PosedHead | None:
         """What the neck stage needs for shape [B, 300] and motion; None if every neck is at rest (the stage is then the identity)."""

@@ -178,6 +178,19 @@ def load_exported(folder: Path | str, config_class: type[Config], kind: str) -> 
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}, config
 
 
+def fill_weights(module: torch.nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Copy a whole state dict into `module`. Raises AssetError naming `where` and the keys or shapes that do not fit."""
+    own = module.state_dict()
+    missing, foreign = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if missing or foreign or shapes:
+        raise AssetError(
+            f"{where}: the weights do not fit this configuration: missing {missing[:3]}, unknown {foreign[:3]}, "
+            f"other shapes {shapes[:3]}; use the config.yaml that lies beside the weights"
+        )
+    module.load_state_dict(weights)
+
+
 def exported_hash(folder: Path | str) -> str:
     """16 hex digits that identify an exported model's weights, from its record. Raises AssetError if there is no finished export."""
     remedy = "give the folder of a finished model"
