@@ -33,6 +33,11 @@ Kind = Literal["static", "dynamic"]
 Split = Literal["train", "val", "test"]
 
 
+def _check_range(name: str, values: tuple[float, float], lowest: float, highest: float = math.inf) -> None:
+    if not lowest <= values[0] <= values[1] <= highest:
+        raise ValueError(f"{name}: expected a smaller and a larger number between {lowest:.4g} and {highest:.4g}, got {values}")
+
+
 @dataclasses.dataclass(frozen=True)
 class LookAtCameras:
     """Cameras drawn around the head (section 5, "Camera augmentation"). All published."""
@@ -43,6 +48,11 @@ class LookAtCameras:
     target_xy: NonNegativeFloat = 0.03  # point looked at: x, y ~ U(-, +), scene units
     target_z: tuple[float, float] = (0.06, 0.12)  # point looked at: z ~ U, scene units
     radius: tuple[float, float] = (3.65, 4.45)  # distance from that point ~ U, scene units
+
+    def __post_init__(self) -> None:
+        _check_range("pitch", self.pitch, -math.pi / 2, math.pi / 2)
+        _check_range("target_z", self.target_z, -math.inf)
+        _check_range("radius", self.radius, 1.0)  # outside of the head, which the box of rays surrounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +67,9 @@ class PortraitCameras:
     radius_std: NonNegativeFloat = 0.16  # normal, cut to `radius`
     radius: tuple[float, float] = (3.74, 4.45)  # smallest and largest radius, scene units
 
+    def __post_init__(self) -> None:
+        _check_range("radius", self.radius, 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class MotionDraws:
@@ -69,6 +82,9 @@ class MotionDraws:
     jaw_open_rad: tuple[float, float] = (0.0, 0.2)  # published
     gaze_pitch_std_rad: NonNegativeFloat = 0.07  # both eyes share one rotation; normal, cut at three deviations
     gaze_yaw_std_rad: NonNegativeFloat = 0.10
+
+    def __post_init__(self) -> None:
+        _check_range("jaw_open_rad", self.jaw_open_rad, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

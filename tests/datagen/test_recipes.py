@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from datagen.recipes import LookAtCameras, MotionDraws, RecipeConfig, camera_distances, draw_identity, frame_count, kind_of, split_of
+from datagen.recipes import (
+    LookAtCameras,
+    MotionDraws,
+    PortraitCameras,
+    RecipeConfig,
+    camera_distances,
+    draw_identity,
+    frame_count,
+    kind_of,
+    split_of,
+)
 from head3d.cameras import Camera, ray_bounds, world_to_camera
 from head3d.labels import check_label, pack_label
 
@@ -171,6 +181,21 @@ def test_without_held_out_shares_everybody_is_in_training():
 def test_shares_that_exceed_the_whole_are_refused():
     with pytest.raises(ValueError, match="at most 1"):
         RecipeConfig(val_share=0.6, test_share=0.6)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: LookAtCameras(pitch=(-2.0, 0.5)), "pitch"),
+        (lambda: LookAtCameras(target_z=(0.2, 0.1)), "target_z"),
+        (lambda: LookAtCameras(radius=(0.3, 0.4)), "radius"),
+        (lambda: PortraitCameras(radius=(5.0, 4.0)), "radius"),
+        (lambda: MotionDraws(jaw_open_rad=(-0.1, 0.2)), "jaw_open_rad"),
+    ],
+)
+def test_ranges_that_cannot_be_drawn_from_are_refused(build, name):
+    with pytest.raises(ValueError, match=f"{name}: expected a smaller and a larger number between"):
+        build()
 
 
 def test_recipes_are_frozen():
