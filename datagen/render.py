@@ -82,15 +82,6 @@ class IdentityRenderer:
         )
 
 
-def render_truth(genhead: GenHead, recipe: IdentityRecipe, motion: Motion, camera: Camera) -> HeadImages:
-    """How the identity of `recipe` truly looks in another motion [1, ...] from B cameras, rendered at bin centres.
-
-    For evaluation across identities. For many motions of one identity make an `IdentityRenderer` once and call its parts.
-    """
-    renderer = IdentityRenderer(genhead, recipe)
-    return renderer.render(renderer.pose(motion), camera.label()).images
-
-
 @dataclasses.dataclass(frozen=True)
 class RenderedIdentity:
     """Arrays by the names of the member table; maps are floats, pictures uint8."""

@@ -304,17 +304,18 @@ def _check_rendering(config: VerifyRun, plan: Plan, manifest: dict[str, Any], ch
         with reproducible():
             frame = render_frame(IdentityRenderer(genhead, recipe), plan.render, sample["motion"])
         check.checked += 1
+        places = dict.fromkeys(plan.families(shard), index) | {"identities": sample["identity"] - plan.shard_identities(shard).start}
+        values = dict.fromkeys(plan.families(shard), frame) | {"identities": {"background": frame["background_features"]}}
         stored, made = {}, {}
         for family in plan.families(shard):
-            if family != "identities":
-                entry = json.loads(shard_path(config.folder, family, shard).with_suffix(".json").read_text())["samples"][index]
-                data = shard_path(config.folder, family, shard).read_bytes()
-                stored |= {name: data[offset : offset + size] for name, (offset, size, _) in entry["members"].items()}
-                made |= encode_sample(family, frame, plan.scales, plan.shards)
+            entry = json.loads(shard_path(config.folder, family, shard).with_suffix(".json").read_text())["samples"][places[family]]
+            data = shard_path(config.folder, family, shard).read_bytes()
+            stored |= {f"{family}/{name}": data[offset : offset + size] for name, (offset, size, _) in entry["members"].items()}
+            made |= {f"{family}/{name}": value for name, value in encode_sample(family, values[family], plan.scales, plan.shards).items()}
         different = sorted(name for name in made if made[name] != stored[name])
         exact += not different
-        pictures = [name for name in made if name.startswith("rgb.")]
-        quality = min(_psnr(decode(made[name], name), decode(stored[name], name)) for name in pictures)
+        pictures = [name for name in made if name.startswith("frames/rgb.")]
+        quality = min(_psnr(*(decode(side[name], name.removeprefix("frames/")) for side in (made, stored))) for name in pictures)
         worst = min(worst, quality)
         if different and (same_stack or quality < SAME_PICTURE_DB):
             check.problems.append(

@@ -89,6 +89,10 @@ class Game:
             "discriminator": lazy_adam(self.discriminator.parameters(), config.discriminator_rate, config.r1_every),
         }
 
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """What a checkpoint holds, by name."""
+        return {"generator": self.generator, "averaged": self.averaged, "discriminator": self.discriminator}
+
     # -- one step ---------------------------------------------------------------------------------------------------------
 
     def step(self, labels: Tensor, real: tuple[Tensor, Tensor, Tensor], images_seen: int, step: int, rank: int) -> dict[str, float]:

@@ -16,7 +16,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genhead.background import BackgroundConfig, BackgroundGenerator
@@ -28,9 +27,10 @@ from head3d.labels import SHAPE_SIZE, Motion
 from head3d.networks.stylegan2 import Mapping, Synthesis
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
 from head3d.rasterize import part_masks
-from head3d.rendering import HeadImages, RaySampling, render_rays, to_picture
+from head3d.rendering import HeadImages, RaySampling, compose_pictures, render_rays
 from head3d.run.checkpoint import fill_weights, load_exported
 from head3d.run.config import PositiveInt
+from head3d.run.errors import AssetError
 from head3d.triplane import Decoder, sample_planes
 
 EXPORT_KIND = "genhead"
@@ -153,24 +153,8 @@ class GenHead(nn.Module):
             fuse_mouth=side > 64,
         )
         rendered = render_rays(field, origins, directions, near, far, config.sampling, generator)
-        foreground = to_picture(rendered.colors, side)
-        transmittance = to_picture(rendered.transmittance, side)
-        behind = F.interpolate(background, size=(side, side), mode="bilinear", align_corners=False)
-        features = (foreground + transmittance * behind) * 2 - 1
-        raw = features[:, :3]
-        images = HeadImages(
-            image=self.superresolution(raw, features, None),
-            raw=raw,
-            features=features,
-            foreground=foreground,
-            background=behind * 2 - 1,
-            depth=to_picture(rendered.depth, side),
-            opacity=1 - transmittance,
-            rays=rendered,
-            eye_mask=masks.eye,
-            mouth_mask=masks.mouth,
-            head_mask=masks.head,
-        )
+        images = compose_pictures(rendered, background, side, self.superresolution)
+        images = dataclasses.replace(images, eye_mask=masks.eye, mouth_mask=masks.mouth, head_mask=masks.head)
         return GenHeadOutput(images, tuple(field.passes))
 
     def sample_head_features(self, planes: Tensor, points_without_neck: Tensor, posed: PosedHead) -> Tensor:
@@ -203,6 +187,7 @@ class GenHeadExport:
     """What config.yaml beside exported weights holds."""
 
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
+    head_model_hash: str = ""  # its content; another head would give the planes another meaning
     model: GenHeadConfig = GenHeadConfig()  # the network
 
 
@@ -212,6 +197,12 @@ def load_genhead(folder: str | Path, device: torch.device | str = "cpu") -> GenH
     Raises AssetError if a file is missing, damaged or does not fit.
     """
     weights, config = load_exported(folder, GenHeadExport, EXPORT_KIND)
-    genhead = GenHead(config.model, load_head_model(config.head_model))
+    head = load_head_model(config.head_model)
+    if head.content_hash != config.head_model_hash:
+        raise AssetError(
+            f"{folder}: trained with the head model {config.head_model} of content {config.head_model_hash}, but that is now "
+            f"{head.content_hash}; bring back the file it was trained with, or train again"
+        )
+    genhead = GenHead(config.model, head)
     genhead.load_weights(weights, str(folder))
     return genhead.to(device).eval().requires_grad_(False)

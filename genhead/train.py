@@ -8,8 +8,8 @@ every so often   -> scalars, pictures, checkpoint; at the end the averaged gener
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,13 +22,23 @@ from genhead.samples import sample_pictures
 from head3d.head_model import load_head_model
 from head3d.networks.discriminator import DiscriminatorConfig
 from head3d.run import distributed
-from head3d.run.checkpoint import Checkpoint, export_model, latest_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
-from head3d.run.config import NonNegativeInt, PositiveInt, save_yaml, to_dict
-from head3d.run.errors import ConfigError, FoundryError
+from head3d.run.checkpoint import (
+    Checkpoint,
+    export_model,
+    fill_weights,
+    latest_checkpoint,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from head3d.run.config import NonNegativeInt, PositiveInt, config_hash, save_yaml, to_dict
+from head3d.run.errors import ConfigError
 from head3d.run.runlog import RunLog, progress
 from head3d.run.seeding import torch_generator
+from head3d.run.training import check_finite, crossed, part, refuse_changes, refuse_other_circumstances
 
-FREE_TO_CHANGE = ("out", "total_images", "log_every", "pictures_every", "checkpoint_every", "keep", "threads")  # on resume
+FREE_TO_CHANGE = ("out", "portraits", "total_images", "log_every", "pictures_every", "checkpoint_every", "keep", "threads")  # on resume
+ADVICE = "Lower the learning rates or raise game.r1.image and call the same command again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +48,7 @@ class GenHeadRun:
     out: Path = Path("runs/genhead")  # run folder: checkpoints, logs, pictures, export
     portraits: Path = Path("runs/portraits")  # LMDB of portraits (made by the portraits command)
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
+    missing_matte: Literal["refuse", "opaque"] = "refuse"  # portraits without a matte: stop, or take them as opaque everywhere
     seed: NonNegativeInt = 0  # of weights and every draw
     total_images: PositiveInt = 25_000_000  # real pictures shown to the discriminator before the run ends
     log_every: PositiveInt = 4_000  # images between lines of metrics
@@ -51,10 +62,6 @@ class GenHeadRun:
     regularizers: RegularizerConfig = RegularizerConfig()  # the generator's extra losses
 
 
-class Divergence(FoundryError):
-    """A loss is not finite."""
-
-
 def train(config: GenHeadRun) -> int:
     """Train until total_images, a stop signal or divergence. Returns the exit status: 0 unless something failed.
 
@@ -63,44 +70,50 @@ def train(config: GenHeadRun) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     process = distributed.start()
-    with distributed.StopSignal() as stop:
-        game, portraits = build(config, process)
-        saved = latest_checkpoint(config.out)
-        images_seen = restore(config, game, saved) if saved else 0
-        if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
-            print(f"{config.out}: finished at {images_seen} images, nothing to do")
-            return 0
+    try:
+        return _train(config, process)
+    finally:
+        distributed.stop()
+
+
+def _train(config: GenHeadRun, process: distributed.Process) -> int:
+    game, portraits = build(config, process)
+    around = circumstances(config, portraits, process)
+    saved = latest_checkpoint(config.out)
+    images_seen = restore(config, game, saved, around) if saved else 0
+    if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
         if process.is_main:
-            save_yaml(config, config.out / "config.yaml")
-        labels = torch.from_numpy(portraits.labels())
-        batch = config.game.batch // process.world_size
-        log = RunLog(config.out, images_seen, enabled=process.is_main)
-        bar = progress(config.total_images, "genhead", unit="img", initial=images_seen, enabled=process.is_main)
-        with log, bar:
-            stopping = False
-            while images_seen < config.total_images and not stopping:
-                draws = torch_generator(config.seed, "portraits", process.rank, images_seen)
-                chosen = torch.randint(len(portraits), (batch,), generator=draws)
-                scalars = game.step(labels, portraits.batch(chosen), images_seen, images_seen // config.game.batch, process.rank)
-                images_seen += config.game.batch
-                bar.update(config.game.batch)
-                check_finite(scalars, images_seen, config.out)
-                if crossed(images_seen, config.game.batch, config.log_every):
-                    scalars = distributed.mean_scalars(scalars, process.device)
-                    log.scalars(images_seen, scalars)
-                    bar.set_postfix(
-                        {"D(real)": f"{scalars['discriminator/real_logits']:.2f}", "D(fake)": f"{scalars['discriminator/fake_logits']:.2f}"}
-                    )
-                stopping = distributed.any_process(stop.requested, process.device)
-                last = images_seen >= config.total_images or stopping
-                if process.is_main and (last or crossed(images_seen, config.game.batch, config.pictures_every)):
-                    for name, picture in sample_pictures(game.averaged, labels, config.seed).items():
-                        log.image(images_seen, name, picture)
-                if process.is_main and (last or crossed(images_seen, config.game.batch, config.checkpoint_every)):
-                    save(config, game, images_seen)
-        if process.is_main and images_seen >= config.total_images:
-            export(config, game, images_seen)
-    distributed.stop()
+            print(f"{config.out}: finished at {images_seen} images, nothing to do")
+        return 0
+    if process.is_main:
+        save_yaml(config, config.out / "config.yaml")
+    labels = torch.from_numpy(portraits.labels())
+    size = config.game.batch
+    log = RunLog(config.out, images_seen, enabled=process.is_main)
+    bar = progress(config.total_images, "genhead", unit="img", initial=images_seen, enabled=process.is_main)
+    with distributed.StopSignal() as stop, log, bar:
+        while images_seen < config.total_images:
+            draws = torch_generator(config.seed, "portraits", process.rank, images_seen)
+            chosen = torch.randint(len(portraits), (size // process.world_size,), generator=draws)
+            scalars = game.step(labels, portraits.batch(chosen), images_seen, images_seen // size, process.rank)
+            images_seen += size
+            bar.update(size)
+            check_finite(scalars, images_seen, config.out, ADVICE)
+            if crossed(images_seen, size, config.log_every):
+                scalars = distributed.mean_scalars(scalars, process.device)
+                log.scalars(images_seen, scalars)
+                bar.set_postfix_str(", ".join(f"D({kind})={scalars[f'discriminator/{kind}_logits']:.2f}" for kind in ("real", "fake")))
+            stopping = distributed.any_process(stop.requested, process.device)
+            finished = images_seen >= config.total_images
+            if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
+                for name, picture in sample_pictures(game.averaged, labels, config.seed).items():
+                    log.image(images_seen, name, picture)
+            if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
+                save(config, game, images_seen, around)
+            if stopping:
+                return 0
+    if process.is_main:
+        export(config, game, images_seen)
     return 0
 
 
@@ -130,60 +143,40 @@ def build(config: GenHeadRun, process: distributed.Process) -> tuple[Game, Portr
             f"game.batch {config.game.batch} must be a multiple of processes x accumulation ({parts}), and each part a multiple of "
             f"discriminator.group_size ({discriminator.group_size})"
         )
+    if config.missing_matte == "refuse" and not portraits.has_matte().all():
+        count = int((~portraits.has_matte()).sum())
+        raise ConfigError(
+            f"{config.portraits}: {count} of {len(portraits)} portraits have no matte, so the discriminator would learn that pictures are "
+            "opaque everywhere; add NAME_matte.png files and import again, or accept that with --missing_matte opaque"
+        )
     head = load_head_model(config.head_model)
     game = Game(config.game, model, discriminator, config.regularizers, head, config.seed, process.device)
     return game, portraits
 
 
-def crossed(images_seen: int, batch: int, every: int) -> bool:
-    """True when the last batch passed a multiple of `every`."""
-    return images_seen // every != (images_seen - batch) // every
+def circumstances(config: GenHeadRun, portraits: PortraitSet, process: distributed.Process) -> dict[str, Any]:
+    """What a run depends on besides its settings: the record of portraits and the number of processes."""
+    return {"portraits": config_hash(portraits.metadata), "processes": process.world_size}
 
 
-def check_finite(scalars: dict[str, float], images_seen: int, out: Path) -> None:
-    """Raise Divergence naming the quantity and the last good checkpoint."""
-    bad = [name for name, value in scalars.items() if not math.isfinite(value)]
-    if bad:
-        saved = latest_checkpoint(out)
-        good = saved.folder if saved else "none yet"
-        raise Divergence(
-            f"{out}: {', '.join(bad)} is not finite after {images_seen} images; last good checkpoint: {good}. "
-            "Lower the learning rates or raise game.r1.image and call the same command again"
-        )
-
-
-def save(config: GenHeadRun, game: Game, images_seen: int) -> Path:
+def save(config: GenHeadRun, game: Game, images_seen: int, around: dict[str, Any]) -> Path:
     """Write a checkpoint: both networks, the average, both optimisers. Draws need no state (they are keyed by images seen)."""
     tensors: dict[str, Tensor] = {}
-    state: dict = {}
-    networks = {
-        "generator": game.generator.weights(),
-        "averaged": game.averaged.weights(),
-        "discriminator": game.discriminator.state_dict(),
-    }
-    for name, weights in networks.items():
-        tensors |= {f"{name}/{key}": value for key, value in weights.items()}
+    state: dict[str, Any] = {"circumstances": around}
+    for name, network in game.networks().items():
+        tensors |= {f"{name}/{key}": value for key, value in network.state_dict().items()}
     for name, optimizer in game.optimizers.items():
         packed, state[name] = pack_optimizer(optimizer, f"optimizer_{name}")
         tensors |= packed
     return save_checkpoint(config.out, images_seen, tensors, state, config, config.keep)
 
 
-def restore(config: GenHeadRun, game: Game, saved: Checkpoint) -> int:
-    """Put a checkpoint back. Raises ConfigError if the run was started with other settings. Returns the images seen."""
-    differing = [key for key, value in to_dict(config).items() if key not in FREE_TO_CHANGE and saved.config.get(key) != value]
-    if differing:
-        raise ConfigError(
-            f"{saved.folder}: the run was started with other settings of {', '.join(differing)}; "
-            "give them as they were, or another --out for a new run"
-        )
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in saved.tensors.items() if key.startswith(prefix)}
-
-    game.generator.load_weights(part("generator/"), str(saved.folder))
-    game.averaged.load_weights(part("averaged/"), str(saved.folder))
-    game.discriminator.load_state_dict(part("discriminator/"))
+def restore(config: GenHeadRun, game: Game, saved: Checkpoint, around: dict[str, Any]) -> int:
+    """Put a checkpoint back. Raises ConfigError if the run was started with other settings or data. Returns the images seen."""
+    refuse_changes(saved, to_dict(config), saved.config, FREE_TO_CHANGE)
+    refuse_other_circumstances(saved, around)
+    for name, network in game.networks().items():
+        fill_weights(network, part(saved.tensors, f"{name}/"), str(saved.folder))
     for name, optimizer in game.optimizers.items():
         unpack_optimizer(optimizer, f"optimizer_{name}", saved.tensors, saved.state[name])
     return saved.images_seen
@@ -191,5 +184,5 @@ def restore(config: GenHeadRun, game: Game, saved: Checkpoint) -> int:
 
 def export(config: GenHeadRun, game: Game, images_seen: int) -> Path:
     """Write the averaged generator for use: RUN/export."""
-    settings = GenHeadExport(head_model=config.head_model, model=config.model)
+    settings = GenHeadExport(head_model=config.head_model, head_model_hash=game.averaged.head_model.content_hash, model=config.model)
     return export_model(config.out / "export", game.averaged.weights(), settings, EXPORT_KIND, images_seen)

@@ -190,3 +190,27 @@ def to_picture(per_ray: Tensor, resolution: int) -> Tensor:
     if per_ray.ndim == 2:
         per_ray = per_ray[..., None]
     return per_ray.transpose(1, 2).reshape(per_ray.shape[0], per_ray.shape[2], resolution, resolution)
+
+
+def compose_pictures(
+    rendered: Rendered,  # of R*R row-major rays
+    background: Tensor,  # [B, C, b, b] in [0, 1]
+    resolution: int,  # R
+    superresolution: Callable[[Tensor, Tensor], Tensor],  # (raw [B, 3, R, R], features [B, C, R, R]) -> picture [B, 3, S, S]
+) -> HeadImages:
+    """Put the rendered foreground before the background: F = F_foreground + T * background, then 2F - 1 and super-resolution."""
+    foreground = to_picture(rendered.colors, resolution)
+    transmittance = to_picture(rendered.transmittance, resolution)
+    behind = F.interpolate(background, size=(resolution, resolution), mode="bilinear", align_corners=False)
+    features = (foreground + transmittance * behind) * 2 - 1
+    raw = features[:, :3]
+    return HeadImages(
+        image=superresolution(raw, features),
+        raw=raw,
+        features=features,
+        foreground=foreground,
+        background=behind * 2 - 1,
+        depth=to_picture(rendered.depth, resolution),
+        opacity=1 - transmittance,
+        rays=rendered,
+    )

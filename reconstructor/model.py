@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from head3d.cameras import Camera, camera_rays, ray_bounds
@@ -23,7 +22,7 @@ from head3d.deformation import Deformation, DeformationConfig, PosedHead
 from head3d.head_model import HeadModel, load_head_model
 from head3d.labels import Motion
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
-from head3d.rendering import FieldSamples, HeadImages, RaySampling, render_rays, to_picture
+from head3d.rendering import FieldSamples, HeadImages, RaySampling, compose_pictures, render_rays
 from head3d.run.checkpoint import fill_weights, load_exported
 from head3d.run.config import PositiveInt
 from head3d.run.errors import ConfigError
@@ -114,21 +113,7 @@ class Reconstructor(nn.Module):
         origins, directions = camera_rays(camera, side)
         near, far = ray_bounds(camera, sampling.box_side)
         rendered = render_rays(field, origins, directions, near, far, sampling, generator)
-        foreground = to_picture(rendered.colors, side)
-        transmittance = to_picture(rendered.transmittance, side)
-        behind = F.interpolate(background, size=(side, side), mode="bilinear", align_corners=False)
-        features = (foreground + transmittance * behind) * 2 - 1
-        raw = features[:, :3]
-        return HeadImages(
-            image=self.superresolution(raw, features, None),
-            raw=raw,
-            features=features,
-            foreground=foreground,
-            background=behind * 2 - 1,
-            depth=to_picture(rendered.depth, side),
-            opacity=1 - transmittance,
-            rays=rendered,
-        )
+        return compose_pictures(rendered, background, side, self.superresolution)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from datagen.plan import Plan, open_plan
 from datagen.reading import ShardDataset, open_dataset
 from datagen.worker import load_planned_generator
 from genhead.generator import GenHead
-from genhead.train import Divergence, crossed
 from head3d.adversarial import Ema
 from head3d.cameras import Camera, orbit
 from head3d.head_model import load_head_model
@@ -34,6 +34,7 @@ from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, P
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import RunLog, progress
 from head3d.run.seeding import torch_generator, weights_drawn_from
+from head3d.run.training import check_finite, crossed, part, refuse_changes, refuse_other_circumstances
 from reconstructor.batches import Batch, BatchConfig, BatchStream
 from reconstructor.losses import LossConfig, check_labels, members_needed, reconstruction_losses, smoothness_loss
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorConfig, ReconstructorExport
@@ -50,6 +51,7 @@ FREE_TO_CHANGE = (
     "threads",
 )  # on resume
 FREE_IN_BATCHES = ("threads", "prefetch")
+ADVICE = "Lower learning_rate and start again from there in another --out, or look for damaged labels with the verify command"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _train(config: ReconstructorRun, process: distributed.Process) -> int:
     check_data(config, dataset)
     saved = latest_checkpoint(config.out)
     learner = build(config, open_plan(config.shards), process.device, warm=config.warm_start and saved is None)
-    images_seen = restore(config, learner, saved, data_facts(dataset)) if saved else 0
+    images_seen = restore(config, learner, saved, circumstances(dataset)) if saved else 0
     if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
         if process.is_main:
             print(f"{config.out}: finished at {images_seen} images, nothing to do")
@@ -138,7 +140,7 @@ def _train(config: ReconstructorRun, process: distributed.Process) -> int:
             scalars = step(config, learner, batch, images_seen, process)
             images_seen += size
             bar.update(size)
-            check_finite(scalars, images_seen, config.out)
+            check_finite(scalars, images_seen, config.out, ADVICE)
             for name, value in scalars.items():
                 history.setdefault(name, []).append(value)
             stopping = distributed.any_process(stop.requested, process.device)
@@ -153,7 +155,7 @@ def _train(config: ReconstructorRun, process: distributed.Process) -> int:
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
                 log.image(images_seen, "preview", preview_picture(learner.averaged, preview))
             if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
-                save(config, learner, images_seen, data_facts(dataset))
+                save(config, learner, images_seen, circumstances(dataset))
             if stopping:
                 return 0
     if process.is_main:
@@ -207,6 +209,12 @@ def loss_terms(config: ReconstructorRun, model: Reconstructor, batch: Batch, ima
 def check_data(config: ReconstructorRun, dataset: ShardDataset) -> None:
     """Raise ConfigError where the settings and the shards contradict each other."""
     architecture, where = config.model.architecture, str(config.shards)
+    planned = dataset.manifest["plan"]["frames"]
+    if len(dataset.frames) < planned:
+        raise ConfigError(
+            f"{where}: holds {len(dataset.frames)} of the {planned} frames that it was planned with, and training on it would be another "
+            "run; finish it by calling its datagen command again"
+        )
     if architecture.motion_dim != MOTION_VECTOR_SIZE:
         raise ConfigError(
             f"model.architecture.motion_dim is {architecture.motion_dim}, but the motion comes as a FLAME vector of "
@@ -272,18 +280,6 @@ def take_from_generator(model: Reconstructor, generator: GenHead) -> None:
         getattr(model, name).load_state_dict(other)
 
 
-def check_finite(scalars: dict[str, float], images_seen: int, out: Path) -> None:
-    """Raise Divergence naming the term and the last good checkpoint; the step that saw it changed nothing."""
-    bad = [name for name, value in scalars.items() if not math.isfinite(value)]
-    if bad:
-        saved = latest_checkpoint(out)
-        good = saved.folder if saved else "none yet"
-        raise Divergence(
-            f"{out}: {', '.join(bad)} is not finite after {images_seen} images; last good checkpoint: {good}. "
-            "Lower learning_rate and start again from there in another --out, or look for damaged labels with the verify command"
-        )
-
-
 def preview_batch(config: ReconstructorRun, dataset: ShardDataset) -> Batch:
     """Held-out samples to look at (training samples if the validation split cannot form any), always the same."""
     static = config.batches.static_share == 1
@@ -324,38 +320,25 @@ def depth_picture(depth: Tensor, camera: Camera, side: int, box_side: float) -> 
     return colorize(resized[:, 0], -box_side / 2, box_side / 2)
 
 
-def data_facts(dataset: ShardDataset) -> dict:
+def circumstances(dataset: ShardDataset) -> dict[str, Any]:
     """What the order of samples depends on beside the settings: a set that grew, or lacked shards, has another order."""
-    return {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames)}
+    return {"data": {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames)}}
 
 
-def save(config: ReconstructorRun, learner: Learner, images_seen: int, data: dict) -> Path:
+def save(config: ReconstructorRun, learner: Learner, images_seen: int, around: dict[str, Any]) -> Path:
     """Write a checkpoint: network, average, optimiser. The data and every draw need no state: they are keyed by images seen."""
     tensors, optimizer = pack_optimizer(learner.optimizer, "optimizer")
     for name, model in (("model", learner.model), ("averaged", learner.averaged)):
         tensors |= {f"{name}/{key}": value for key, value in model.weights().items()}
-    return save_checkpoint(config.out, images_seen, tensors, {"optimizer": optimizer, "data": data}, config, config.keep)
+    return save_checkpoint(config.out, images_seen, tensors, {"optimizer": optimizer, "circumstances": around}, config, config.keep)
 
 
-def restore(config: ReconstructorRun, learner: Learner, saved: Checkpoint, data: dict) -> int:
+def restore(config: ReconstructorRun, learner: Learner, saved: Checkpoint, around: dict[str, Any]) -> int:
     """Put a checkpoint back. Raises ConfigError if the run was started with other settings or data. Returns the images seen."""
-    differing = sorted(key for key, value in _settings(to_dict(config)).items() if _settings(saved.config).get(key) != value)
-    if differing:
-        raise ConfigError(
-            f"{saved.folder}: the run was started with other settings of {', '.join(differing)}; "
-            "give them as they were, or another --out for a new run"
-        )
-    if saved.state.get("data") != data:
-        raise ConfigError(
-            f"{saved.folder}: the run was started on other data, {saved.state.get('data')}, and {config.shards} holds {data}, "
-            "which come in another order; give the shards as they were, or another --out for a new run"
-        )
+    refuse_changes(saved, _settings(to_dict(config)), _settings(saved.config), ())
+    refuse_other_circumstances(saved, around)
     for name, model in (("model", learner.model), ("averaged", learner.averaged)):
-        weights = {key.removeprefix(f"{name}/"): value for key, value in saved.tensors.items() if key.startswith(f"{name}/")}
-        try:
-            model.load_weights(weights, str(saved.folder))
-        except AssetError as error:
-            raise AssetError(f"{error}; delete {saved.folder} to go on from an older checkpoint") from error
+        model.load_weights(part(saved.tensors, f"{name}/"), str(saved.folder))
     unpack_optimizer(learner.optimizer, "optimizer", saved.tensors, saved.state["optimizer"])
     return saved.images_seen
 

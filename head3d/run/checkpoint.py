@@ -197,6 +197,11 @@ def exported_hash(folder: Path | str) -> str:
     return _read_record(Path(folder) / _RECORD, {"tensors_sha256"}, remedy)["tensors_sha256"][:16]
 
 
+def newest_checkpoint_folder(run_folder: Path | str) -> Path | None:
+    """Where `latest_checkpoint` would read, unread; None if there is no checkpoint."""
+    return next(reversed(_checkpoint_folders(Path(run_folder) / "checkpoints")), None)
+
+
 def _checkpoint_folders(parent: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     if not parent.is_dir():

@@ -99,7 +99,9 @@ def export_generator(folder: Path, seed: int, head: Path) -> Path:
     torch.manual_seed(seed)
     genhead = GenHead(MODEL, load_head_model(head))
     torch.nn.init.normal_(genhead.decoder.density.weight, std=20.0)  # a new decoder has no density anywhere
-    return export_model(folder, genhead.weights(), GenHeadExport(str(head), MODEL), EXPORT_KIND, images_seen=0)
+    return export_model(
+        folder, genhead.weights(), GenHeadExport(str(head), genhead.head_model.content_hash, MODEL), EXPORT_KIND, images_seen=0
+    )
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from datagen.render import (
     dataset_scales,
     render_frame,
     render_identity,
-    render_truth,
     reproducible,
 )
 from datagen.shards import MEMBERS, quantise
@@ -90,9 +89,14 @@ def test_views_in_other_batches_differ_by_rounding_only_without_jitter(genhead, 
         np.testing.assert_allclose(one[name], many[name], atol=2e-3)
 
 
+def _in_motion(genhead, recipe, motion, cameras):
+    renderer = IdentityRenderer(genhead, recipe)
+    return renderer.render(renderer.pose(motion), cameras).images
+
+
 def test_composited_features_follow_from_the_labels(genhead, recipe):
     frame = render_identity(genhead, recipe, RenderConfig(points=0, jitter=False))
-    truth = render_truth(genhead, recipe, recipe.motions[0].motion, Camera.from_label(recipe.motions[0].cameras))
+    truth = _in_motion(genhead, recipe, recipe.motions[0].motion, recipe.motions[0].cameras)
     composited = frame.frames[0]["foreground"] + (1 - frame.frames[0]["opacity"][:, None]) * frame.background
     np.testing.assert_allclose(composited * 2 - 1, truth.features.numpy(), atol=1e-4)
 
@@ -160,8 +164,7 @@ def test_parts_show_skin_and_eyes(rendered):
 
 def test_truth_of_another_motion_is_this_identity_in_that_motion(genhead, recipe):
     other = draw_identity(RECIPES, 0, 9).motions[0]
-    camera = Camera.from_label(other.cameras)
-    truth = render_truth(genhead, recipe, other.motion, camera)
+    truth = _in_motion(genhead, recipe, other.motion, other.cameras)
     swapped = recipe._replace(motions=(other,))
     frame = render_identity(genhead, swapped, RenderConfig(points=0, jitter=False)).frames[0]
     np.testing.assert_allclose(truth.depth[:, 0].numpy(), frame["depth"], atol=1e-4)

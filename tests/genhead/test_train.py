@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +11,17 @@ import pytest
 import torch
 
 from genhead.background import BackgroundConfig
-from genhead.game import Game, GameConfig
+from genhead.game import GameConfig
 from genhead.generator import GenHeadConfig, load_genhead
-from genhead.losses import RegularizerConfig
-from genhead.portraits import Portrait, PortraitSet, write_portraits
-from genhead.train import GenHeadRun, check_finite, crossed, train
+from genhead.portraits import Portrait, PortraitSet, create_record, encode_portrait, write_portraits
+from genhead.train import GenHeadRun, train
 from head3d.cameras import orbit
-from head3d.head_model import load_head_model
 from head3d.labels import Motion, pack_label
 from head3d.networks.discriminator import DiscriminatorConfig
 from head3d.networks.superresolution import SuperResolutionConfig
 from head3d.rendering import RaySampling
 from head3d.run.checkpoint import latest_checkpoint
-from head3d.run.errors import AssetError, ConfigError, FoundryError
+from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
 
 MODEL = GenHeadConfig(
@@ -167,12 +167,6 @@ def test_widths_that_do_not_fit_each_other_are_named(changes, names):
         dataclasses.replace(MODEL, **changes)
 
 
-def test_divergence_names_the_quantity_and_the_last_good_checkpoint(finished):
-    with pytest.raises(FoundryError, match="generator/adversarial") as caught:
-        check_finite({"generator/adversarial": float("nan"), "x": 1.0}, 99, finished)
-    assert "000000012" in str(caught.value)
-
-
 def test_an_export_of_other_widths_is_refused(tmp_path, finished):
     config = (finished / "export" / "config.yaml").read_text().replace("plane_channels: 4", "plane_channels: 5")
     for name in ("model.safetensors", "model.json"):
@@ -183,45 +177,28 @@ def test_an_export_of_other_widths_is_refused(tmp_path, finished):
     assert json.loads((tmp_path / "model.json").read_text())["kind"] == "genhead"
 
 
-def test_crossed_fires_once_per_multiple():
-    assert [seen for seen in range(4, 41, 4) if crossed(seen, 4, 10)] == [12, 20, 32, 40]
+def test_another_record_of_portraits_is_refused_on_resume(finished, portraits, tmp_path):
+    other = tmp_path / "other"
+    pictures = PortraitSet(portraits)
+    write_portraits(other, [pictures[i] for i in range(5)], 16, 5, {})
+    with pytest.raises(ConfigError, match="started with portraits"):
+        train(_run(finished, other, total_images=16))
 
 
-# One step's parts --------------------------------------------------------------------------------------------------------
+def test_portraits_without_a_matte_are_refused_unless_accepted(portraits, tmp_path):
+    pictures = PortraitSet(portraits)
+    with create_record(tmp_path / "bare", 16, 2, {}) as writer:
+        for index in range(2):
+            writer.add(encode_portrait(pictures[index], has_matte=False))
+    with pytest.raises(ConfigError, match="2 of 2 portraits have no matte"):
+        train(_run(tmp_path / "run", tmp_path / "bare"))
+    assert train(_run(tmp_path / "run", tmp_path / "bare", missing_matte="opaque", total_images=4)) == 0
 
 
-@pytest.fixture(scope="module")
-def game() -> Game:
-    config = GameConfig(batch=4, swap_start=1.0, swap_end=0.5, swap_images=100, reuse_fakes=True)
-    return Game(config, MODEL, DISCRIMINATOR, RegularizerConfig(), load_head_model(None), seed=0, device=torch.device("cpu"))
-
-
-def _labels(count: int, neck: float = 0.0) -> torch.Tensor:
-    """Every camera, shape and expression tells which portrait it belongs to."""
-    number = torch.arange(count, dtype=torch.float32)
-    camera = orbit(number / count, torch.zeros(count), torch.full((count,), 4.17))
-    motion = Motion.neutral(count)._replace(expression=number[:, None].expand(-1, 100), neck_pose=torch.full((count, 3), neck))
-    return pack_label(camera, number[:, None].expand(-1, 300), motion)
-
-
-def test_fakes_take_whole_labels_without_the_neck_and_a_falling_share_is_conditioned_on_the_neighbour(game):
-    labels = _labels(50, neck=0.4)
-    for images_seen, share in ((0, 1.0), (50, 0.75), (100, 0.5), (10**6, 0.5)):
-        made = game.conditions(labels, 4000, images_seen, torch.Generator().manual_seed(images_seen))
-        who = made.label.shape[:, 0].long()
-        assert len(who.unique()) == 50 and (made.label.motion.neck_pose == 0).all()
-        assert torch.equal(made.label.camera.label(), labels[who, :25]) and torch.equal(made.label.motion.expression[:, 0].long(), who)
-        whose = made.condition_shape[:, 0].long()
-        assert torch.equal(made.condition_camera, labels[whose, :25])  # camera and shape are swapped together
-        assert ((whose == who) | (whose == who.roll(1))).all()
-        neighbours_differ = who != who.roll(1)
-        assert abs((whose != who)[neighbours_differ].float().mean() - share) < 0.03
-
-
-def test_reused_fakes_are_rendered_once_a_step_and_judged_by_both_players(game, portraits, monkeypatch):
-    calls = []
-    monkeypatch.setattr(game, "_fake", lambda *args, made=game._fake, **kwargs: calls.append(1) or made(*args, **kwargs))
-    data = PortraitSet(portraits)
-    scalars = game.step(torch.from_numpy(data.labels()), data.batch([0, 1, 2, 3]), 0, 1, 0)
-    assert len(calls) == 1
-    assert scalars["generator/logits"] == pytest.approx(scalars["discriminator/fake_logits"], rel=1e-4)  # the same pictures
+def test_an_export_refuses_another_head_model(finished, tmp_path):
+    shutil.copytree(finished / "export", tmp_path / "export")
+    settings = (tmp_path / "export" / "config.yaml").read_text(encoding="utf-8")
+    changed = re.sub(r"head_model_hash: .*", "head_model_hash: '0123456789abcdef'", settings)
+    (tmp_path / "export" / "config.yaml").write_text(changed, encoding="utf-8")
+    with pytest.raises(AssetError, match="trained with the head model procedural of content 0123456789abcdef"):
+        load_genhead(tmp_path / "export")

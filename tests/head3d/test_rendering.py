@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from head3d.rendering import FieldSamples, RaySampling, composite, importance_depths, render_rays, stratified_depths, to_picture
+from head3d.rendering import (
+    FieldSamples,
+    RaySampling,
+    compose_pictures,
+    composite,
+    importance_depths,
+    render_rays,
+    stratified_depths,
+    to_picture,
+)
 
 
 def _raw(density: float) -> float:
@@ -109,3 +118,13 @@ def test_fewer_than_two_samples_are_refused():
 def test_rays_become_a_picture_row_by_row():
     picture = to_picture(torch.arange(4.0)[None], 2)
     assert picture.tolist() == [[[[0.0, 1.0], [2.0, 3.0]]]]
+
+
+def test_pictures_are_composed_over_the_background():
+    rendered = composite(torch.full((1, 4, 3, 3), 0.8), torch.full((1, 4, 3), _raw(1.0)), torch.tensor([0.0, 0.5, 1.0]).expand(1, 4, 3))
+    images = compose_pictures(rendered, torch.full((1, 3, 2, 2), 0.25), 2, lambda raw, features: raw * 3)
+    left = math.exp(-1.0)  # of the light
+    feature = 2 * (0.8 * (1 - left) + 0.25 * left) - 1
+    assert torch.allclose(images.features, torch.full((1, 3, 2, 2), feature), atol=1e-6)
+    assert torch.allclose(images.image, images.raw * 3) and torch.allclose(images.background, torch.full((1, 3, 2, 2), -0.5))
+    assert torch.allclose(images.opacity, torch.full((1, 1, 2, 2), 1 - left), atol=1e-6)

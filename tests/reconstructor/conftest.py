@@ -107,7 +107,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
     with weights_drawn_from(torch_generator(1, "world")):
         genhead = GenHead(GENERATOR, load_head_model(None))
-    export_model(folder / "generator", genhead.weights(), GenHeadExport(model=GENERATOR), EXPORT_KIND, 0)
+    export_model(
+        folder / "generator",
+        genhead.weights(),
+        GenHeadExport(head_model_hash=genhead.head_model.content_hash, model=GENERATOR),
+        EXPORT_KIND,
+        0,
+    )
     recipe = RecipeConfig(dynamic_motions=2, dynamic_views=2, static_views=2, val_share=0.25, test_share=0.5, split_rule="modulo")
     config = DatagenRun(
         out=folder / "shards",

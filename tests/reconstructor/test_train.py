@@ -15,7 +15,6 @@ import torch
 from datagen.plan import open_plan
 from datagen.reading import open_dataset
 from genhead.generator import load_genhead
-from genhead.train import Divergence
 from head3d.cameras import frontal
 from head3d.labels import Motion
 from head3d.run import distributed
@@ -23,11 +22,12 @@ from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.config import save_yaml
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
+from head3d.run.training import Divergence, check_finite
 from reconstructor import train as training
 from reconstructor.batches import BatchConfig, BatchStream
 from reconstructor.losses import LossConfig, TermConfig, members_needed
 from reconstructor.model import load_reconstructor
-from reconstructor.train import ReconstructorRun, build, check_finite, loss_terms, preview_batch, preview_picture, train
+from reconstructor.train import ReconstructorRun, build, loss_terms, preview_batch, preview_picture, train
 
 ALONE = distributed.Process(0, 1, torch.device("cpu"), True)
 
@@ -172,7 +172,7 @@ def test_a_resume_on_a_data_set_that_changed_is_refused(world, tmp_path, monkeyp
         return dataset
 
     monkeypatch.setattr(training, "open_dataset", grown)
-    with pytest.raises(ConfigError, match="the run was started on other data, .* or another --out"):
+    with pytest.raises(ConfigError, match="the run was started with data .* another --out"):
         train(dataclasses.replace(config, total_images=8))
 
 
@@ -184,7 +184,7 @@ def test_divergence_stops_before_the_weights_are_touched(world, tmp_path):
     scalars = training.step(config, one, broken, 0, ALONE)
     assert not equal_tensors(one.model.weights(), before)
     with pytest.raises(Divergence, match=r"loss/depth, loss/total is not finite after 4 images; last good checkpoint: none yet"):
-        check_finite(scalars, 4, config.out)
+        check_finite(scalars, 4, config.out, "")
 
 
 def test_wrong_data_is_refused_before_anything_is_written(world, tmp_path):
