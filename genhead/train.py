@@ -25,8 +25,10 @@ from head3d.run import distributed
 from head3d.run.checkpoint import (
     Checkpoint,
     export_model,
+    exported_images_seen,
     fill_weights,
     latest_checkpoint,
+    load_exported,
     pack_optimizer,
     save_checkpoint,
     unpack_optimizer,
@@ -37,8 +39,26 @@ from head3d.run.runlog import RunLog, progress
 from head3d.run.seeding import torch_generator
 from head3d.run.training import check_finite, crossed, part, refuse_changes, refuse_other_circumstances
 
-FREE_TO_CHANGE = ("out", "portraits", "total_images", "log_every", "pictures_every", "checkpoint_every", "keep", "threads")  # on resume
+FREE_TO_CHANGE = (
+    "out",
+    "portraits",
+    "export_half",
+    "total_images",
+    "log_every",
+    "pictures_every",
+    "checkpoint_every",
+    "keep",
+    "threads",
+)  # on resume
+DISCRIMINATOR_KIND, DISCRIMINATOR_FOLDER = "genhead-discriminator", "discriminator"
 ADVICE = "Lower the learning rates or raise game.r1.image and call the same command again"
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorExport:
+    """What config.yaml beside an exported discriminator holds."""
+
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()  # the network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +68,8 @@ class GenHeadRun:
     out: Path = Path("runs/genhead")  # run folder: checkpoints, logs, pictures, export
     portraits: Path = Path("runs/portraits")  # LMDB of portraits (made by the portraits command)
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
+    start_from: Path | None = None  # exported generator to go on from, with its discriminator and clock; None = random weights
+    export_half: bool = False  # store exported weights as float16
     missing_matte: Literal["refuse", "opaque"] = "refuse"  # portraits without a matte: stop, or take them as opaque everywhere
     seed: NonNegativeInt = 0  # of weights and every draw
     total_images: PositiveInt = 25_000_000  # real pictures shown to the discriminator before the run ends
@@ -80,7 +102,7 @@ def _train(config: GenHeadRun, process: distributed.Process) -> int:
     game, portraits = build(config, process)
     around = circumstances(config, portraits, process)
     saved = latest_checkpoint(config.out)
-    images_seen = restore(config, game, saved, around) if saved else 0
+    images_seen = restore(config, game, saved, around) if saved else begin(config, game)
     if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
         if process.is_main:
             print(f"{config.out}: finished at {images_seen} images, nothing to do")
@@ -154,6 +176,29 @@ def build(config: GenHeadRun, process: distributed.Process) -> tuple[Game, Portr
     return game, portraits
 
 
+def begin(config: GenHeadRun, game: Game) -> int:
+    """The first step's weights, from `start_from` if it is given. Returns the images seen by them; the schedules go on from there.
+
+    Raises ConfigError if the exported networks are of other settings, AssetError if a file is missing or damaged.
+    """
+    if config.start_from is None:
+        return 0
+    players = {
+        "model": (config.start_from, GenHeadExport, EXPORT_KIND, (game.generator, game.averaged)),
+        "discriminator": (config.start_from / DISCRIMINATOR_FOLDER, DiscriminatorExport, DISCRIMINATOR_KIND, (game.discriminator,)),
+    }
+    for name, (folder, export_class, kind, networks) in players.items():
+        weights, exported = load_exported(folder, export_class, kind)
+        if getattr(exported, name) != getattr(config, name):
+            raise ConfigError(
+                f"start_from: {folder} has other settings of {name} than this run; take them from its config.yaml, or start at random with "
+                "--start_from None"
+            )
+        for network in networks:
+            fill_weights(network, weights, str(folder))
+    return exported_images_seen(config.start_from)
+
+
 def circumstances(config: GenHeadRun, portraits: PortraitSet, process: distributed.Process) -> dict[str, Any]:
     """What a run depends on besides its settings: the record of portraits and the number of processes."""
     return {"portraits": config_hash(portraits.metadata), "processes": process.world_size}
@@ -183,6 +228,10 @@ def restore(config: GenHeadRun, game: Game, saved: Checkpoint, around: dict[str,
 
 
 def export(config: GenHeadRun, game: Game, images_seen: int) -> Path:
-    """Write the averaged generator for use: RUN/export."""
+    """Write the averaged generator for use, and below it the discriminator for going on from there: RUN/export."""
+    folder = config.out / "export"
+    opponent = DiscriminatorExport(discriminator=config.discriminator)
+    weights = game.discriminator.state_dict()
+    export_model(folder / DISCRIMINATOR_FOLDER, weights, opponent, DISCRIMINATOR_KIND, images_seen, half=config.export_half)
     settings = GenHeadExport(head_model=config.head_model, head_model_hash=game.averaged.head_model.content_hash, model=config.model)
-    return export_model(config.out / "export", game.averaged.weights(), settings, EXPORT_KIND, images_seen)
+    return export_model(folder, game.averaged.weights(), settings, EXPORT_KIND, images_seen, half=config.export_half)

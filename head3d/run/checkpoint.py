@@ -197,6 +197,11 @@ def exported_hash(folder: Path | str) -> str:
     return _read_record(Path(folder) / _RECORD, {"tensors_sha256"}, remedy)["tensors_sha256"][:16]
 
 
+def exported_images_seen(folder: Path | str) -> int:
+    """Images that an exported model was trained on. Raises AssetError if there is no finished export."""
+    return _read_record(Path(folder) / _RECORD, {"images_seen"}, "give the folder of a finished model")["images_seen"]
+
+
 def newest_checkpoint_folder(run_folder: Path | str) -> Path | None:
     """Where `latest_checkpoint` would read, unread; None if there is no checkpoint."""
     return next(reversed(_checkpoint_folders(Path(run_folder) / "checkpoints")), None)

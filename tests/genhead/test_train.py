@@ -202,3 +202,28 @@ def test_an_export_refuses_another_head_model(finished, tmp_path):
     (tmp_path / "export" / "config.yaml").write_text(changed, encoding="utf-8")
     with pytest.raises(AssetError, match="trained with the head model procedural of content 0123456789abcdef"):
         load_genhead(tmp_path / "export")
+
+
+def test_a_run_goes_on_from_an_exported_generator_with_its_clock(finished, portraits, tmp_path):
+    assert train(_run(tmp_path, portraits, total_images=16, start_from=finished / "export")) == 0
+    assert [line["images_seen"] for line in read_metrics(tmp_path)] == [16]
+    saved, first = latest_checkpoint(tmp_path), latest_checkpoint(finished)
+    assert saved.images_seen == 16
+    name = next(name for name in first.tensors if name.startswith("discriminator/") and name.endswith("conv0.weight"))
+    moved = (saved.tensors[name] - first.tensors[name]).abs().max()
+    assert 0 < moved < 0.01, "one step from the exported discriminator, not from noise"
+
+
+def test_going_on_from_other_widths_is_refused(finished, portraits, tmp_path):
+    other = dataclasses.replace(DISCRIMINATOR, mapping_layers=2)
+    with pytest.raises(ConfigError, match="other settings of discriminator"):
+        train(_run(tmp_path, portraits, discriminator=other, start_from=finished / "export"))
+    with pytest.raises(AssetError, match="no such folder"):
+        train(_run(tmp_path, portraits, start_from=tmp_path / "nowhere"))
+
+
+def test_half_precision_exports_halve_the_file_and_still_render(finished, portraits, tmp_path):
+    assert train(_run(tmp_path, portraits, export_half=True, start_from=finished / "export", total_images=12)) == 0
+    sizes = [(folder / "export" / "model.safetensors").stat().st_size for folder in (tmp_path, finished)]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert next(load_genhead(tmp_path / "export").parameters()).dtype == torch.float32
