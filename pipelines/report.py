@@ -11,6 +11,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from PIL import Image
 
 from datagen.reading import open_dataset
 from genhead.portraits import PortraitSet
@@ -20,6 +21,7 @@ from head3d.run.files import write_atomic
 from head3d.run.runlog import read_metrics
 
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 420, 150
+WIDE_ENOUGH_PX = 600  # smaller pictures are shown enlarged up to this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +181,9 @@ def _pictures(folder: Path, names: Iterable[str]) -> str:
 
 def _figure(folder: Path, path: Path, caption: str) -> str:
     text = html.escape(caption)
-    return f'<figure><img src="{_link(folder, path)}" alt="{text or path.stem}"><figcaption>{text}</figcaption></figure>'
+    with Image.open(path) as picture:
+        width = picture.width * max(1, WIDE_ENOUGH_PX // picture.width)  # whole factors, so that pixels stay square
+    return f'<figure><img src="{_link(folder, path)}" width="{width}" alt="{text or path.stem}"><figcaption>{text}</figcaption></figure>'
 
 
 def _link(folder: Path, path: Path) -> str:
@@ -208,7 +212,7 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Head Foundry</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1280px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
 figure {{ display: inline-block; margin: 0 1rem 1rem 0 }} figcaption {{ color: #666; font-size: 14px }}
-img {{ max-width: 100%; min-width: 280px; image-rendering: pixelated }} video {{ width: 384px; image-rendering: pixelated }}
+img {{ max-width: 100%; height: auto; image-rendering: pixelated }} video {{ width: 384px; image-rendering: pixelated }}
 table {{ border-collapse: collapse; margin-bottom: 1rem }} td, th {{ border: 1px solid #ccc; padding: 3px 10px; text-align: right }}
 svg polyline {{ fill: none; stroke: #2a6fb0; stroke-width: 1.5 }} svg text {{ font-size: 11px; fill: #555 }}
 </style></head><body>
