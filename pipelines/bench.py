@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genhead.generator import GenHeadConfig
+from genhead.speed import StageTime, measure_stages
 from head3d.cameras import camera_rays, frontal
 from head3d.deformation import Deformation
 from head3d.head_model import load_head_model
@@ -37,6 +40,7 @@ class BenchRun:
     out: Path = Path("runs/bench.json")  # the table as JSON
     repeats: PositiveInt = 10  # timings of each row, of which the shortest counts
     threads: NonNegativeInt = 1  # CPU threads of torch; 0 leaves its default
+    genhead: NonNegativeInt = 3  # timings of each stage of the published generator, of which the median counts; 0 leaves it out
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
 
 
@@ -60,14 +64,36 @@ def main(config: BenchRun) -> None:
     for row in table:
         share = f"{row.limit_s / row.seconds:7.0%}" if row.limit_s else "      -"
         print(f"{row.part:{width}} {row.seconds * 1e3:9.2f} {row.limit_s * 1e3:9.2f} {share}  {row.limit}")
+    generator_rows: list[StageTime] = []
+    if config.genhead:
+        generator_rows = measure_stages(GenHeadConfig(), load_head_model(config.head_model), repeats=config.genhead)
+        print_generator(generator_rows)
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "rows": [row._asdict() for row in table],
+        "genhead": [row._asdict() for row in generator_rows],
+        "peak_memory_mb": peak_memory_mb(),
     }
     write_atomic(config.out, json.dumps(record, indent=1) + "\n")
     print(f"Written to {config.out}")
+
+
+def print_generator(rows: list[StageTime]) -> None:
+    """The published generator's stages."""
+    print(f"\n{'published GenHead, 512 x 512 from 64 x 64 rays':46} {'batch':>5} {'s/image':>8} {'GFLOP':>7}")
+    for row in rows:
+        flop = f"{row.gflop_per_image:7.1f}" if row.gflop_per_image else "      -"
+        print(f"{row.stage:46} {row.batch:5d} {row.seconds_per_image:8.3f} {flop}")
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held, in MB (Linux and macOS)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
 def measure(config: BenchRun) -> list[Row]:
