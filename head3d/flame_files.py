@@ -7,19 +7,17 @@ every other one. Neither chumpy nor scipy is imported.
 
 from __future__ import annotations
 
-import codecs
-import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from head3d.labels import EXPRESSION_SIZE, SHAPE_SIZE
 from head3d.run.errors import AssetError
+from head3d.run.pickles import DAMAGE, Inert, Names, plain_names, read_pickle, to_array
 
 COEFFICIENTS = SHAPE_SIZE + EXPRESSION_SIZE
 JOINTS = 5
@@ -31,8 +29,6 @@ VERTEX_SETS = (*FLAME_MASKS.values(), "mask_eyelids", "set_eyelids_idxs")
 SIMPLIFIED = ("simplified_idxs", "simplified_baris", "simplified_faces")
 LANDMARKS = ("landmark_faces", "landmark_barycentric")
 OPTIONAL = (*VERTEX_SETS, "ring", *SIMPLIFIED, *LANDMARKS)
-# What unpickling a damaged file raises; UnicodeError is a ValueError, IndexError and KeyError are LookupErrors.
-_DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 REMEDY = "use FLAME's generic_model.pkl or flame2023.pkl as downloaded, or an .npz with the same keys"
 
 
@@ -44,10 +40,10 @@ def read_head_file(path: Path) -> dict[str, np.ndarray]:
         case ".npz":
             return _read_npz(path)
         case ".pkl":
-            arrays = _arrays_of(read_pickle(path), path)
+            arrays = _arrays_of(read_flame_pickle(path), path)
             masks = path.with_name(MASK_FILE)
             if masks.is_file():
-                regions = _arrays_of(read_pickle(masks), masks)
+                regions = _arrays_of(read_flame_pickle(masks), masks)
                 arrays |= {key: regions[name] for name, key in FLAME_MASKS.items() if name in regions}
             return arrays
         case suffix:
@@ -62,60 +58,37 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise AssetError(f"{path}: not a readable .npz of plain arrays ({error}); {REMEDY}") from error
 
 
-def read_pickle(path: Path) -> Any:
-    """Unpickle with the names listed in `_allowed` only. Raises AssetError that names the refused global, or the damage."""
-    try:
-        with path.open("rb") as file:
-            return _RestrictedUnpickler(file, path).load()
-    except AssetError:
-        raise
-    except _DAMAGE as error:
-        raise AssetError(f"{path}: not a readable pickle ({type(error).__name__}: {error}); download the file again") from error
+def read_flame_pickle(path: Path) -> Any:
+    """Unpickle with the names listed in `_names` only. Raises AssetError that names the refused global, or the damage."""
+    return read_pickle(path, _names(), "a head model needs only numpy, scipy.sparse and chumpy arrays", REMEDY)
 
 
-# The restricted unpickler ------------------------------------------------------------------------------------------------
+# Stand-ins for the classes of such a file ---------------------------------------------------------------------------------
 
 
-class _Inert:
-    """Stands in for a class of the file; keeps the state and never acts on it."""
-
-    state: Mapping[str, Any] = MappingProxyType({})
-
-    def __init__(self, *_: object) -> None:
-        self.state = {}
-
-    def __setstate__(self, state: object) -> None:
-        if not isinstance(state, dict):
-            raise pickle.UnpicklingError(f"state of {type(self).__name__} is a {type(state).__name__}, expected a dict")
-        self.state = state
-
-    def array(self) -> np.ndarray:
-        raise NotImplementedError
-
-
-class _ChumpyArray(_Inert):
+class _ChumpyArray(Inert):
     """chumpy.ch.Ch: the value is `x`."""
 
     def array(self) -> np.ndarray:
-        return _to_array(self.state["x"])
+        return to_array(self.state["x"])
 
 
-class _ChumpySelect(_Inert):
+class _ChumpySelect(Inert):
     """chumpy.reordering.Select: entries `idxs` of the flattened `a`, in `preferred_shape`."""
 
     def array(self) -> np.ndarray:
-        picked = _to_array(self.state["a"]).ravel()[_to_array(self.state["idxs"])]
+        picked = to_array(self.state["a"]).ravel()[to_array(self.state["idxs"])]
         shape = self.state.get("preferred_shape")
         return picked if shape is None else picked.reshape(shape)
 
 
-class _SparseMatrix(_Inert):
+class _SparseMatrix(Inert):
     """scipy.sparse CSC matrix, made dense."""
 
     def array(self) -> np.ndarray:
         shape = self.state["_shape"] if "_shape" in self.state else self.state["shape"]
         rows, columns = (int(size) for size in shape)
-        values, indices, starts = (_to_array(self.state[key]) for key in ("data", "indices", "indptr"))
+        values, indices, starts = (to_array(self.state[key]) for key in ("data", "indices", "indptr"))
         if len(starts) != columns + 1 or rows * columns > 10**8:
             raise ValueError(f"sparse matrix of shape {rows, columns} with {len(starts)} column starts")
         dense = np.zeros((rows, columns), dtype=values.dtype)
@@ -123,68 +96,10 @@ class _SparseMatrix(_Inert):
         return dense
 
 
-def _to_array(value: object) -> np.ndarray:
-    return value.array() if isinstance(value, _Inert) else np.asarray(value)
-
-
-def _empty_array(kind: object, shape: object, typecode: object) -> np.ndarray:
-    """numpy's _reconstruct, for plain arrays only; their contents arrive through ndarray.__setstate__."""
-    if kind is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError(f"array reconstruction of {kind!r} with shape {shape!r}")
-    return np.empty(0, dtype=np.int8)
-
-
-def _encode(text: object, encoding: object = "latin1") -> bytes:
-    """_codecs.encode as protocol 2 uses it for byte strings."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"encoding {encoding!r} of a {type(text).__name__}")
-    return codecs.latin_1_encode(text)[0]
-
-
-def _reconstructor(kind: object, base: object, state: object) -> _Inert:
-    """copy_reg._reconstructor, for the inert classes only."""
-    if not (isinstance(kind, type) and issubclass(kind, _Inert)) or base is not object or state is not None:
-        raise pickle.UnpicklingError(f"reconstruction of {kind!r}")
-    return kind()
-
-
-def _allowed() -> dict[tuple[str, str], Callable[..., Any] | type]:
-    names: dict[tuple[str, str], Callable[..., Any] | type] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _encode,
-        ("chumpy.ch", "Ch"): _ChumpyArray,
-        ("chumpy", "Ch"): _ChumpyArray,
-        ("chumpy.reordering", "Select"): _ChumpySelect,
-    }
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        names[module, "_reconstruct"] = _empty_array
-    for module in ("scipy.sparse", "scipy.sparse.csc", "scipy.sparse._csc"):
-        names[module, "csc_matrix"] = _SparseMatrix
-    for module in ("__builtin__", "builtins"):
-        names[module, "set"] = set
-        names[module, "object"] = object
-    for module in ("copy_reg", "copyreg"):
-        names[module, "_reconstructor"] = _reconstructor
-    return names
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    def __init__(self, file: Any, path: Path):
-        super().__init__(file, fix_imports=False, encoding="latin1")
-        self._path, self._names = path, _allowed()
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._names[module, name]
-        except KeyError:
-            raise AssetError(
-                f"{self._path}: refused to load: the pickle asks for {module}.{name}, but a head model needs only numpy, "
-                f"scipy.sparse and chumpy arrays; nothing of it was run. Do not use this file; {REMEDY}"
-            ) from None
-
-    def persistent_load(self, pid: object) -> Any:
-        raise AssetError(f"{self._path}: refused to load: the pickle refers to an external object {pid!r}; {REMEDY}")
+def _names() -> Names:
+    sparse = {(module, "csc_matrix"): _SparseMatrix for module in ("scipy.sparse", "scipy.sparse.csc", "scipy.sparse._csc")}
+    chumpy = {("chumpy.ch", "Ch"): _ChumpyArray, ("chumpy", "Ch"): _ChumpyArray, ("chumpy.reordering", "Select"): _ChumpySelect}
+    return plain_names() | sparse | chumpy
 
 
 def _arrays_of(content: object, path: Path) -> dict[str, np.ndarray]:
@@ -197,8 +112,8 @@ def _arrays_of(content: object, path: Path) -> dict[str, np.ndarray]:
         key = key.decode("latin1") if isinstance(key, bytes) else key
         if key in wanted:
             try:
-                arrays[key] = _to_array(value)
-            except (KeyError, ValueError, TypeError, IndexError, NotImplementedError, RecursionError) as error:
+                arrays[key] = to_array(value)
+            except DAMAGE as error:
                 raise AssetError(f"{path}: cannot read the array {key!r} ({type(error).__name__}: {error}); {REMEDY}") from error
     return arrays
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from head3d.flame_files import check_arrays, read_head_file, read_pickle
+from head3d.flame_files import check_arrays, read_flame_pickle, read_head_file
 from head3d.run.errors import AssetError
 
 
@@ -118,7 +118,7 @@ def test_a_pickle_that_names_a_function_is_refused_by_name_and_nothing_runs(tmp_
     path = write(tmp_path / "evil.pkl", {"v_template": Hostile(function, *arguments)}, protocol)
     # The pickle may spell the module in Python 2's way (__builtin__, commands), so the function's name is what is compared.
     with pytest.raises(AssetError, match=rf"evil\.pkl: refused to load: the pickle asks for \S+\.{name},"):
-        read_pickle(path)
+        read_flame_pickle(path)
     assert not marker.exists()
 
 
@@ -134,7 +134,7 @@ def test_allowed_names_cannot_be_bent(tmp_path):
         path = tmp_path / "bent.pkl"
         path.write_bytes(text)
         with pytest.raises(AssetError, match=r"bent\.pkl"):
-            read_pickle(path)
+            read_flame_pickle(path)
     assert not marker.exists()
 
 

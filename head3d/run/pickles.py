@@ -1,0 +1,190 @@
+"""Unpickling without running anything: an exact list of names, each of which builds an inert container, and no other.
+
+numpy's own classes are not handed out: a file could make an array of object pointers over bytes of its choice, or change a
+number format after an array was made with it. Arrays, number formats and scalars are stand-ins that give up plain numbers only.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from head3d.run.errors import AssetError
+
+# What unpickling a damaged file raises; UnicodeError is a ValueError, Index- and KeyError are LookupErrors, RecursionError a RuntimeError.
+DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
+_NUMBERS = re.compile("b1|[iu][1248]|f[248]")
+
+Names = Mapping[tuple[str, str], Any]  # (module, name) in the file -> what it is here: an inert class, a function or a value
+
+
+class Inert:
+    """Stands in for a class of the file; keeps the state and never acts on it."""
+
+    state: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, *_: object) -> None:
+        self.state = {}
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError(f"state of {type(self).__name__} is a {type(state).__name__}, expected a dict")
+        self.state = state
+
+    def array(self) -> np.ndarray:
+        raise NotImplementedError
+
+
+class _NumberFormat(Inert):
+    """numpy.dtype(code, align, copy): bool, integer and float formats; others are kept and cannot be read."""
+
+    def __init__(self, code: object = None, *_: object) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: object) -> None:
+        if not (isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", ">", "=", "|")):
+            raise pickle.UnpicklingError(f"state of a number format is {state!r:.80}")
+        self.order = state[1]
+
+    def dtype(self) -> np.dtype:
+        if not (isinstance(self.code, str) and _NUMBERS.fullmatch(self.code)):
+            raise ValueError(f"an array of format {self.code!r:.80}, expected plain numbers")
+        return np.dtype(self.code).newbyteorder(self.order)
+
+
+class _Array(Inert):
+    """numpy.ndarray, whose state is (version, shape, number format, column order, bytes)."""
+
+    content: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: object) -> None:
+        if not (isinstance(state, tuple) and len(state) in (4, 5)):
+            raise pickle.UnpicklingError(f"state of an array is a {type(state).__name__}, expected a tuple of five")
+        self.content = state[-4:]
+
+    def array(self) -> np.ndarray:
+        """The numbers, in the processor's byte order. Raises ValueError or TypeError if the entries do not belong together."""
+        shape, number_format, by_column, data = self.content
+        if not isinstance(number_format, _NumberFormat):
+            raise TypeError(f"an array's number format is a {type(number_format).__name__}")
+        dtype = number_format.dtype()
+        data = encode_latin1(data) if isinstance(data, str) else data
+        if not isinstance(data, bytes) or len(data) != math.prod(int(size) for size in shape) * dtype.itemsize:
+            raise ValueError(f"an array of shape {shape!r:.80} and format {dtype} with another number of bytes")
+        array = np.frombuffer(data, dtype).reshape(shape, order="F" if by_column else "C")
+        return array.astype(dtype.newbyteorder("="))
+
+
+def to_array(value: object) -> np.ndarray:
+    """Numbers of a stand-in, or of plain numbers and lists. Raises what `Inert.array` raises."""
+    return value.array() if isinstance(value, Inert) else np.asarray(value)
+
+
+def _empty_array(kind: object, shape: object, typecode: object) -> _Array:
+    """numpy's _reconstruct, for plain arrays only; their contents arrive as state."""
+    if kind is not _Array or shape != (0,):
+        raise pickle.UnpicklingError(f"array reconstruction of {kind!r} with shape {shape!r}")
+    return _Array()
+
+
+def _scalar(number_format: object, data: object = b"") -> int | float | bool:
+    """numpy.core.multiarray.scalar as a Python number."""
+    data = encode_latin1(data) if isinstance(data, str) else data
+    if not isinstance(number_format, _NumberFormat) or not isinstance(data, bytes):
+        raise pickle.UnpicklingError(f"a numpy scalar of {number_format!r:.80}")
+    (value,) = np.frombuffer(data, number_format.dtype())
+    return value.item()
+
+
+def encode_latin1(text: object, encoding: object = "latin1") -> bytes:
+    """_codecs.encode as protocol 2 uses it for byte strings."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"encoding {encoding!r} of a {type(text).__name__}")
+    return codecs.latin_1_encode(text)[0]
+
+
+def _no_bytes() -> bytes:
+    """bytes(), as protocol 2 writes an empty byte string."""
+    return b""
+
+
+def _reconstructor(kind: object, base: object, state: object) -> Inert:
+    """copy_reg._reconstructor, for the inert classes only."""
+    if not (isinstance(kind, type) and issubclass(kind, Inert)) or base is not object or state is not None:
+        raise pickle.UnpicklingError(f"reconstruction of {kind!r}")
+    return kind()
+
+
+def plain_names() -> dict[tuple[str, str], Any]:
+    """Names of Python and numpy that any file of arrays may use."""
+    names: dict[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _NumberFormat,
+        ("_codecs", "encode"): encode_latin1,
+    }
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        names[module, "_reconstruct"] = _empty_array
+        names[module, "scalar"] = _scalar
+    for module in ("__builtin__", "builtins"):
+        names[module, "set"] = set
+        names[module, "object"] = object
+        names[module, "bytes"] = _no_bytes
+    for module in ("copy_reg", "copyreg"):
+        names[module, "_reconstructor"] = _reconstructor
+    return names
+
+
+class _Function:
+    """A function handed to the file: it can be called, but not changed through a state."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: object) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError(f"a state for the function {self._function.__name__}")
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, path: Path, names: Names, needs: str, remedy: str) -> None:
+        super().__init__(file, fix_imports=False, encoding="latin1")
+        self._path, self._names, self._needs, self._remedy = path, names, needs, remedy
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            value = self._names[module, name]
+        except KeyError:
+            raise AssetError(
+                f"{self._path}: refused to load: the pickle asks for {module}.{name}, but {self._needs}; nothing of it was run. "
+                f"Do not use this file; {self._remedy}"
+            ) from None
+        return _Function(value) if callable(value) and not isinstance(value, type) else value
+
+    def persistent_load(self, pid: object) -> Any:
+        raise AssetError(f"{self._path}: refused to load: the pickle refers to an external object {pid!r}; {self._remedy}")
+
+
+def read_pickle(path: Path, names: Names, needs: str, remedy: str) -> Any:
+    """Unpickle with `names` only. Raises AssetError that names the refused global, or the damage.
+
+    `needs` says in the message what such a file is made of ("a head model needs only ..."), `remedy` what to use instead.
+    """
+    try:
+        with path.open("rb") as file:
+            return _RestrictedUnpickler(file, path, names, needs, remedy).load()
+    except OSError as error:
+        raise AssetError(f"{path}: could not be read: {error.strerror}; {remedy}") from error
+    except DAMAGE as error:
+        raise AssetError(f"{path}: not a readable pickle ({type(error).__name__}: {error}); download the file again") from error
