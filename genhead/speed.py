@@ -41,7 +41,7 @@ def measure_stages(config: GenHeadConfig, head: HeadModel, batches: tuple[int, .
     for batch in progress(batches, "bench: genhead"):
         rows += _stages(genhead, batch, repeats, draws)
     independent = sum(row.seconds_per_image for row in rows if row.batch == batches[0] and row.stage == "all")
-    shared = _median(lambda: _identity(genhead, draws), 1) / (MOTIONS * VIEWS)
+    shared = median_seconds(lambda: _identity(genhead, draws), 1) / (MOTIONS * VIEWS)
     return [
         *rows,
         StageTime(f"identity of {MOTIONS} motions x {VIEWS} views", VIEWS, shared, 0.0),
@@ -68,10 +68,10 @@ def _stages(genhead: GenHead, batch: int, repeats: int, draws: torch.Generator) 
         "masks": masks,
         "super-resolution": lambda: genhead.superresolution(images.raw, images.features),
     }
-    seconds = {name: _median(work, repeats) for name, work in stages.items()}
+    seconds = {name: median_seconds(work, repeats) for name, work in stages.items()}
     flop = {name: _gflop(work) for name, work in stages.items()}
     with _deformation_clock(genhead) as clock:
-        render = _median(lambda: genhead.render(planes, background, posed, camera), repeats)
+        render = median_seconds(lambda: genhead.render(planes, background, posed, camera), repeats)
     seconds["deformation"] = statistics.median(_split(clock, repeats + 1)[1:])
     everything = _gflop(lambda: genhead.render(planes, background, posed, camera))
     seconds["rays"] = render - seconds["masks"] - seconds["super-resolution"] - seconds["deformation"]
@@ -130,8 +130,8 @@ def _split(spent: list[float], runs: int) -> list[float]:
     return [sum(spent[run * each : (run + 1) * each]) for run in range(runs)]
 
 
-def _median(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time after one call that does not count."""
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median wall time of `work` over `repeats` calls, after one that does not count."""
     work()
     times = []
     for _ in range(repeats):

@@ -7,7 +7,6 @@ import datetime
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genhead.generator import GenHeadConfig
-from genhead.speed import StageTime, measure_stages
+from genhead.speed import StageTime, measure_stages, median_seconds
 from head3d.cameras import camera_rays, frontal
 from head3d.deformation import Deformation
 from head3d.head_model import load_head_model
@@ -38,7 +37,7 @@ class BenchRun:
     """Print a table and write it as JSON with machine, versions and date."""
 
     out: Path = Path("runs/bench.json")  # the table as JSON
-    repeats: PositiveInt = 10  # timings of each row, of which the shortest counts
+    repeats: PositiveInt = 10  # timings of each row, of which the median counts
     threads: NonNegativeInt = 1  # CPU threads of torch; 0 leaves its default
     genhead: NonNegativeInt = 3  # timings of each stage of the published generator, of which the median counts; 0 leaves it out
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
@@ -104,7 +103,7 @@ def measure(config: BenchRun) -> list[Row]:
         return torch.randn(*shape, generator=generator)
 
     def timed(work: Callable[[], object]) -> float:
-        return fastest_seconds(work, config.repeats)
+        return median_seconds(work, config.repeats)
 
     matrix, block, image, kernel = draw(1024, 1024), draw(1 << 24), draw(1, 256, 64, 64), draw(256, 256, 3, 3)
     product_s = timed(lambda: matrix @ matrix)
@@ -174,17 +173,6 @@ def picture_rows(timed: Callable[[Callable[[], object]], float]) -> list[Row]:
         ),
         Row("JPEG: read 512 x 512", timed(lambda: simplejpeg.decode_jpeg(coded)), 0.0, ""),
     ]
-
-
-def fastest_seconds(work: Callable[[], object], repeats: int) -> float:
-    """The shortest wall time of `work` after one call that does not count: what else the machine does only lengthens it."""
-    work()
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return min(times)
 
 
 def processor() -> str:
