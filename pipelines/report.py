@@ -119,13 +119,22 @@ def evaluation_section(folder: Path) -> str:
     if not path.exists():
         return _section("Evaluation", "not run yet", "")
     result = json.loads(path.read_text(encoding="utf-8"))
-    rows = result["rows"]
-    columns = list(rows[0])
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in columns)
-    cells = "".join("<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in columns) + "</tr>" for row in rows)
-    table = f"<table><tr>{head}</tr>{cells}</table>"
-    sheets = "".join(_figure(folder, sheet, "") for sheet in sorted((folder / "evaluation").glob("*.png")))
-    return _section("Evaluation on people held out", "Against the generator's true rendering.", table + sheets)
+    measured = {(row["task"], row["row"], row["metric"]): row for row in result["rows"]}
+    metrics = list(dict.fromkeys(row["metric"] for row in result["rows"]))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("task", "row", *metrics))
+    lines = [
+        "".join(
+            f"<td>{cell}</td>" for cell in (_words(task), _words(row), *(_interval(measured.get((task, row, name))) for name in metrics))
+        )
+        for task, row in dict.fromkeys((row["task"], row["row"]) for row in result["rows"])
+    ]
+    table = f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    sheets = "".join(
+        _figure(folder, sheet, f"{_words(sheet.stem.removeprefix('sheet_'))}: source, driver, ours, truth, copy")
+        for sheet in sorted((folder / "evaluation").glob("*.png"))
+    )
+    note = "Against the generator's true rendering: mean and 95 % interval over people. PSNR in dB, depth error in scene units."
+    return _section("Evaluation on people held out", note, table + sheets)
 
 
 def drive_section(folder: Path) -> str:
@@ -194,8 +203,12 @@ def _section(title: str, note: str, content: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p>{content}</section>"
 
 
-def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
+def _interval(row: dict | None) -> str:
+    return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" if row else "-"
+
+
+def _words(name: str) -> str:
+    return html.escape(name.replace("_", " "))
 
 
 def _gray(values: np.ndarray) -> np.ndarray:

@@ -84,7 +84,7 @@ def test_curves_numbers_and_the_video_are_taken_from_the_stages_folders(tmp_path
     (tmp_path / "drive" / "drive.mp4").write_bytes(b"")
     text = page(tmp_path)
     assert "20 images seen." in text and ">loss/total<" in text and ">loss/depth<" not in text
-    assert "<td>novel_view</td>" in text and "<td>21.235</td>" in text
+    assert "<td>novel view</td><td>ours</td><td>21.235 [20.000, 22.000]</td>" in text
     assert 'src="drive/drive.mp4"' in text
 
 
