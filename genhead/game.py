@@ -1,7 +1,9 @@
 """The two players of GenHead's training, their optimisers and one step of each (portrait4d, section 3).
 
-Every draw comes from a generator keyed by (seed, phase, rank, images seen), so a resumed run makes the draws of an uninterrupted
-one without any random state on disk.
+Every draw comes from a generator keyed by (seed, phase, images seen) or (seed, phase, images seen, number in the batch), so a resumed
+run makes the draws of an uninterrupted one without any random state on disk, and the number of processes and of micro-batches
+changes no result beyond the rounding of sums: conditions, latents and the neighbour swap belong to the whole batch, ray jitter, noise
+and smoothness points to one sample each, and a micro-batch holds whole groups of the minibatch deviation (`split_batch`).
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from head3d.adversarial import (
 )
 from head3d.head_model import HeadModel
 from head3d.labels import HeadLabel, unpack_label
-from head3d.networks.discriminator import Discriminator, DiscriminatorConfig
+from head3d.networks.discriminator import Discriminator, DiscriminatorConfig, split_batch
 from head3d.run.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
-from head3d.run.distributed import average_gradients, average_tensors
+from head3d.run.distributed import Process, average_gradients, average_tensors
 from head3d.run.seeding import torch_generator, weights_drawn_from
 
 
@@ -60,8 +62,9 @@ class Conditions(NamedTuple):
 
     label: HeadLabel  # camera, shape, motion of random portraits (never recombined in training), neck zero
     z: Tensor  # [B, z_dim]
-    condition_camera: Tensor  # [B, 25], swapped with the neighbour for some samples
-    condition_shape: Tensor  # [B, 300], swapped together with the camera
+    condition_camera: Tensor  # [B, 25], the neighbour's for some samples
+    condition_shape: Tensor  # [B, 300], the neighbour's together with the camera
+    draws: list[torch.Generator]  # one for each sample: noise, ray jitter, smoothness points
 
 
 class Game:
@@ -75,12 +78,12 @@ class Game:
         regularizers: RegularizerConfig,
         head: HeadModel,
         seed: int,
-        device: torch.device,
+        process: Process,
     ) -> None:
-        self.config, self.regularizers, self.seed, self.device = config, regularizers, seed, device
+        self.config, self.regularizers, self.seed, self.device = config, regularizers, seed, process.device
         with weights_drawn_from(torch_generator(seed, "genhead", "weights")):
-            self.generator = GenHead(model, head).to(device)
-            self.discriminator = Discriminator(discriminator).to(device)
+            self.generator = GenHead(model, head).to(self.device)
+            self.discriminator = Discriminator(discriminator).to(self.device)
         shared = {id(self.generator.head_model): self.generator.head_model}
         self.averaged = copy.deepcopy(self.generator, shared).eval().requires_grad_(False)
         self.ema = Ema(self.averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
@@ -88,6 +91,8 @@ class Game:
             "generator": lazy_adam(self.generator.parameters(), config.generator_rate, config.smoothness_every),
             "discriminator": lazy_adam(self.discriminator.parameters(), config.discriminator_rate, config.r1_every),
         }
+        parts = split_batch(config.batch, process.world_size * config.accumulation, discriminator.group_size)
+        self.parts = parts.chunk(process.world_size)[process.rank]  # [accumulation, samples] numbers in the batch, of this process
 
     def networks(self) -> dict[str, torch.nn.Module]:
         """What a checkpoint holds, by name."""
@@ -95,120 +100,146 @@ class Game:
 
     # -- one step ---------------------------------------------------------------------------------------------------------
 
-    def step(self, labels: Tensor, real: tuple[Tensor, Tensor, Tensor], images_seen: int, step: int, rank: int) -> dict[str, float]:
-        """Gmain (with the lazy smoothness term), then Dmain (with the lazy gradient penalty).
-
-        The published loop takes the lazy terms in optimiser steps of their own, with fresh draws; here they join the main step, which
-        saves a rendering and a pass of the discriminator. The optimisers keep the published correction of rate and decays.
+    def step(self, labels: Tensor, real: tuple[Tensor, Tensor, Tensor], images_seen: int, step: int) -> dict[str, Tensor]:
+        """Gmain, Greg every `smoothness_every` steps, Dmain, Dreg every `r1_every` steps: optimiser steps of their own, as published.
 
         labels [N, 437] of the whole set, real = (image [B, 3, S, S] in [-1, 1], matte [B, 1, S, S] in [0, 1], label [B, 437]) of
-        this process. Returns scalars for the log.
+        the samples self.parts of the batch, in that order. Returns scalars for the log, means over this process's samples.
         """
-        scalars, fakes = self.generator_step(labels, real[0].shape[0], images_seen, step, rank)
-        scalars |= self.discriminator_step(labels, real, images_seen, step, rank, fakes if self.config.reuse_fakes else None)
+        scalars, fakes = self.generator_step(labels, images_seen)
+        if self.regularizers.smoothness and step % self.config.smoothness_every == 0:
+            scalars |= self.smoothness_step(labels, images_seen)
+        batches = list(zip(*(tensor.to(self.device).chunk(len(self.parts)) for tensor in real), strict=True))
+        scalars |= self.discriminator_step(labels, batches, images_seen, fakes if self.config.reuse_fakes else None)
+        if step % self.config.r1_every == 0:
+            scalars |= self.penalty_step(batches, images_seen)
         self.ema.update(self.generator, images_seen, self.config.batch)
         return scalars
 
-    def generator_step(
-        self, labels: Tensor, batch: int, images_seen: int, step: int, rank: int
-    ) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
-        """One update of the generator; the smoothness term joins every `smoothness_every` steps.
+    def generator_step(self, labels: Tensor, images_seen: int) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+        """One update of the generator (Gmain), and of its running mean of w by the whole batch.
 
         Returns scalars and, for each micro-batch, the discriminator's input [B, 10, S, S] (detached) with its camera labels [B, 25].
         """
-        config, scalars, fakes = self.config, _Scalars(self.config.accumulation), []
-        sigma = blur_sigma(images_seen, config.blur_sigma, config.blur_images)
+        scalars, fakes = _Scalars("generator", len(self.parts)), []
+        sigma = self._blur(images_seen)
+        mapping = self.generator.mapping
+        mean_w = torch.zeros_like(mapping.w_average)
         self.discriminator.requires_grad_(False)
         self.optimizers["generator"].zero_grad(set_to_none=True)
-        for part in range(config.accumulation):
-            draws = torch_generator(self.seed, "generator", rank, images_seen, part)
-            conditions = self.conditions(labels, batch // config.accumulation, images_seen, draws)
-            planes, output, fake, camera = self._fake(conditions, draws, update_average=True)
+        for members in self.parts:
+            ws, output, fake, camera = self._fake(self.conditions(labels, members, images_seen, "generator"))
             fakes.append((fake.detach(), camera))
+            mean_w += ws[:, 0].detach().mean(0) / len(self.parts)
             logits = self.discriminator(blur_images(fake, sigma), camera)
             losses = {"adversarial": generator_loss(logits)} | part_regularizers(output, self.regularizers)
-            if self.regularizers.smoothness and step % config.smoothness_every == 0:
-                smoothness = density_smoothness(self.generator, planes, self.regularizers, draws)
-                losses["smoothness"] = smoothness * config.smoothness_every
-            (sum(losses.values()) / config.accumulation).backward()
-            scalars.add("generator", losses | {"logits": logits.mean(), "opacity": output.images.opacity.mean()})
+            (sum(losses.values()) / len(self.parts)).backward()
+            scalars.add(losses | {"logits": logits.mean(), "opacity": output.images.opacity.mean()})
         self._update("generator", self.generator)
-        average_tensors([self.generator.mapping.w_average])
+        average_tensors([mean_w])
+        mapping.move_average(mean_w)
         self.discriminator.requires_grad_(True)
         return scalars.values, fakes
+
+    def smoothness_step(self, labels: Tensor, images_seen: int) -> dict[str, Tensor]:
+        """One update of the generator by the density smoothness of fresh planes (Greg), times the steps between two of them."""
+        scalars = _Scalars("generator", len(self.parts))
+        self.optimizers["generator"].zero_grad(set_to_none=True)
+        for members in self.parts:
+            conditions = self.conditions(labels, members, images_seen, "smoothness")
+            _, planes = self._planes(conditions)
+            loss = density_smoothness(self.generator, planes, self.regularizers, conditions.draws) * self.config.smoothness_every
+            (loss / len(self.parts)).backward()
+            scalars.add({"smoothness": loss})
+        self._update("generator", self.generator)
+        return scalars.values
 
     def discriminator_step(
         self,
         labels: Tensor,
-        real: tuple[Tensor, Tensor, Tensor],
+        real: list[tuple[Tensor, Tensor, Tensor]],  # by micro-batch
         images_seen: int,
-        step: int,
-        rank: int,
         fakes: list[tuple[Tensor, Tensor]] | None = None,  # by micro-batch; None makes fresh ones
-    ) -> dict[str, float]:
-        """One update of the discriminator; the gradient penalty joins every `r1_every` steps."""
-        config, scalars = self.config, _Scalars(self.config.accumulation)
+    ) -> dict[str, Tensor]:
+        """One update of the discriminator (Dmain)."""
+        scalars, sigma = _Scalars("discriminator", len(self.parts)), self._blur(images_seen)
         self.optimizers["discriminator"].zero_grad(set_to_none=True)
-        sigma = blur_sigma(images_seen, config.blur_sigma, config.blur_images)
-        for part, (image, matte, label) in enumerate(zip(*(tensor.chunk(config.accumulation) for tensor in real), strict=True)):
-            fake, camera = fakes[part] if fakes else self._fresh_fakes(labels, image.shape[0], images_seen, rank, part)
+        for index, portraits in enumerate(real):
+            fake, camera = fakes[index] if fakes else self._fresh_fakes(labels, self.parts[index], images_seen)
             fake_logits = self.discriminator(blur_images(fake, sigma), camera)
-            seen, real_camera = self._real(image.to(self.device), matte.to(self.device), label.to(self.device))
-            penalize = step % config.r1_every == 0
-            seen = DiscriminatorParts(*(item.detach().requires_grad_(penalize) for item in seen))
+            seen, real_camera = self._real(*portraits)
             real_logits = self.discriminator(blur_images(seen.stack(), sigma, include_raw=True), real_camera)
-            losses = {"adversarial": discriminator_loss(fake_logits, real_logits)}
-            if penalize:
-                losses["r1"] = r1_penalty(real_logits, seen, config.r1) * config.r1_every
-            (sum(losses.values()) / config.accumulation).backward()
+            loss = discriminator_loss(fake_logits, real_logits)
+            (loss / len(self.parts)).backward()
             signs = {"fake_logits": fake_logits.mean(), "real_logits": real_logits.mean(), "real_signs": real_logits.sign().mean()}
-            scalars.add("discriminator", losses | signs)
+            scalars.add({"adversarial": loss} | signs)
+        self._update("discriminator", self.discriminator)
+        return scalars.values
+
+    def penalty_step(self, real: list[tuple[Tensor, Tensor, Tensor]], images_seen: int) -> dict[str, Tensor]:
+        """One update of the discriminator by its gradient penalty on the step's portraits (Dreg), times the steps between two of them."""
+        scalars, sigma = _Scalars("discriminator", len(self.parts)), self._blur(images_seen)
+        self.optimizers["discriminator"].zero_grad(set_to_none=True)
+        for portraits in real:
+            seen, camera = self._real(*portraits)
+            seen = DiscriminatorParts(*(item.detach().requires_grad_(True) for item in seen))
+            logits = self.discriminator(blur_images(seen.stack(), sigma, include_raw=True), camera)
+            loss = r1_penalty(logits, seen, self.config.r1) * self.config.r1_every
+            (loss / len(self.parts)).backward()
+            scalars.add({"r1": loss})
         self._update("discriminator", self.discriminator)
         return scalars.values
 
     # -- its parts --------------------------------------------------------------------------------------------------------
 
-    def conditions(self, labels: Tensor, batch: int, images_seen: int, draws: torch.Generator) -> Conditions:
+    def conditions(self, labels: Tensor, members: Tensor, images_seen: int, phase: str) -> Conditions:
         """Random portraits' (camera, shape, motion) and fresh latents; conditions of some samples come from their neighbour.
 
-        The share of swapped samples falls linearly from swap_start to swap_end over swap_images (portrait4d, section 1).
+        Drawn for the whole batch, of which the samples `members` [B] are returned. The neighbour of sample n is n - 1 of the whole
+        batch; the share of swapped samples falls linearly from swap_start to swap_end over swap_images (portrait4d, section 1).
         """
         config = self.config
-        chosen = labels[torch.randint(labels.shape[0], (batch,), generator=draws)].to(self.device)
-        label = unpack_label(chosen)
-        label = label._replace(motion=label.motion.without_neck())
+        draws = torch_generator(self.seed, phase, images_seen)
+        chosen = torch.randint(labels.shape[0], (config.batch,), generator=draws)
         share = config.swap_start + (config.swap_end - config.swap_start) * min(images_seen / config.swap_images, 1.0)
-        swap = (torch.rand(batch, 1, generator=draws) < share).to(self.device)
-        camera = label.camera.label()
-        z = torch.randn(batch, self.generator.config.z_dim, generator=draws).to(self.device)
+        swap = torch.rand(config.batch, generator=draws) < share
+        z = torch.randn(config.batch, self.generator.config.z_dim, generator=draws)
+        shown_as = torch.where(swap, chosen.roll(1), chosen)
+        label = unpack_label(labels[chosen[members]].to(self.device))
+        condition = unpack_label(labels[shown_as[members]].to(self.device))
         return Conditions(
-            label,
-            z,
-            condition_camera=torch.where(swap, camera.roll(1, 0), camera),
-            condition_shape=torch.where(swap, label.shape.roll(1, 0), label.shape),
+            label._replace(motion=label.motion.without_neck()),
+            z[members].to(self.device),
+            condition_camera=condition.camera.label(),
+            condition_shape=condition.shape,
+            draws=[torch_generator(self.seed, phase, images_seen, number, device=self.device) for number in members.tolist()],
         )
 
-    def _fake(
-        self, conditions: Conditions, draws: torch.Generator, update_average: bool = False
-    ) -> tuple[Tensor, GenHeadOutput, Tensor, Tensor]:
-        """Planes, output, discriminator input [B, 10, S, S] and camera label [B, 25] of generated pictures."""
-        model, (label, z, camera, shape) = self.generator, conditions
-        ws = model.map(z, camera, shape, update_average=update_average)
-        planes = model.planes(ws, noise="random", generator=draws)
+    def _planes(self, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        """Styles [B, L, w_dim] and planes [B, 2, 3, C, P, P]."""
+        ws = self.generator.map(conditions.z, conditions.condition_camera, conditions.condition_shape)
+        return ws, self.generator.planes(ws, noise="random", generator=conditions.draws)
+
+    def _fake(self, conditions: Conditions) -> tuple[Tensor, GenHeadOutput, Tensor, Tensor]:
+        """Styles, output, discriminator input [B, 10, S, S] and camera label [B, 25] of generated pictures."""
+        model, label = self.generator, conditions.label
+        ws, planes = self._planes(conditions)
         posed = model.pose(label.shape, label.motion)
-        output = model.render(planes, model.background(z), posed, label.camera, generator=draws)
-        return planes, output, fake_parts(model, output, posed.vertices_posed, label.camera).stack(), label.camera.label()
+        output = model.render(planes, model.background(conditions.z), posed, label.camera, generator=conditions.draws)
+        return ws, output, fake_parts(model, output, posed.vertices_posed, label.camera).stack(), label.camera.label()
 
     @torch.no_grad()
-    def _fresh_fakes(self, labels: Tensor, batch: int, images_seen: int, rank: int, part: int) -> tuple[Tensor, Tensor]:
-        draws = torch_generator(self.seed, "discriminator", rank, images_seen, part)
-        return self._fake(self.conditions(labels, batch, images_seen, draws), draws)[2:]
+    def _fresh_fakes(self, labels: Tensor, members: Tensor, images_seen: int) -> tuple[Tensor, Tensor]:
+        return self._fake(self.conditions(labels, members, images_seen, "discriminator"))[2:]
 
     @torch.no_grad()
     def _real(self, image: Tensor, matte: Tensor, label: Tensor) -> tuple[DiscriminatorParts, Tensor]:
         camera, shape, motion = unpack_label(label)
         vertices = self.generator.head_model.vertices(shape, motion.without_neck())
         return real_parts(self.generator, image, matte, vertices, camera), camera.label()
+
+    def _blur(self, images_seen: int) -> float:
+        return blur_sigma(images_seen, self.config.blur_sigma, self.config.blur_images)
 
     def _update(self, name: str, network: torch.nn.Module) -> None:
         average_gradients(network.parameters())
@@ -217,12 +248,12 @@ class Game:
 
 
 class _Scalars:
-    """Means over micro-batches, as plain numbers."""
+    """Means over micro-batches; they stay on their device until the log reads them all at once."""
 
-    def __init__(self, parts: int) -> None:
-        self.parts, self.values = parts, {}
+    def __init__(self, prefix: str, parts: int) -> None:
+        self.prefix, self.parts, self.values = prefix, parts, {}
 
-    def add(self, prefix: str, values: dict[str, Tensor]) -> None:
+    def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            key = f"{prefix}/{name}"
-            self.values[key] = self.values.get(key, 0.0) + float(value.detach()) / self.parts
+            key = f"{self.prefix}/{name}"
+            self.values[key] = self.values.get(key, 0.0) + value.detach() / self.parts

@@ -31,6 +31,7 @@ from head3d.rendering import HeadImages, RaySampling, compose_pictures, render_r
 from head3d.run.checkpoint import fill_weights, load_exported
 from head3d.run.config import PositiveInt
 from head3d.run.errors import AssetError
+from head3d.run.seeding import Draws
 from head3d.triplane import Decoder, sample_planes
 
 EXPORT_KIND = "genhead"
@@ -107,12 +108,12 @@ class GenHead(nn.Module):
         """Fill the learned state. Raises AssetError naming `where` and the keys or shapes that do not fit."""
         fill_weights(self, weights, where)
 
-    def map(self, z: Tensor, condition_camera: Tensor, shape: Tensor, truncation_psi: float = 1.0, update_average: bool = False) -> Tensor:
+    def map(self, z: Tensor, condition_camera: Tensor, shape: Tensor, truncation_psi: float = 1.0) -> Tensor:
         """z [B, z_dim], condition camera label [B, 25], shape [B, 300] -> styles ws [B, L, w_dim] (section 1, "mapping")."""
         condition = torch.cat([condition_camera, shape], dim=1)
-        return self.mapping(z, condition, truncation_psi=truncation_psi, update_average=update_average)
+        return self.mapping(z, condition, truncation_psi=truncation_psi)
 
-    def planes(self, ws: Tensor, noise: str = "constant", generator: torch.Generator | None = None) -> Tensor:
+    def planes(self, ws: Tensor, noise: str = "constant", generator: Draws | None = None) -> Tensor:
         """Styles -> planes [B, 2, 3, C, P, P]: [:, 0] part planes (eyes, mouth), [:, 1] head planes."""
         planes = self.backbone(ws, noise=noise, generator=generator)
         return planes.reshape(planes.shape[0], 2, 3, self.config.plane_channels, *planes.shape[2:])
@@ -132,7 +133,7 @@ class GenHead(nn.Module):
         posed: PosedHead,
         camera: Camera,
         *,
-        generator: torch.Generator | None = None,  # None renders deterministically
+        generator: Draws | None = None,  # of the batch or of each entry; None renders deterministically
         resolution: int | None = None,  # rays per side; None = config.render_resolution
     ) -> GenHeadOutput:
         """Render one picture per batch entry."""
@@ -172,12 +173,11 @@ class GenHead(nn.Module):
         condition_camera: Tensor | None = None,  # [B, 25]; None = the rendering camera's label
         truncation_psi: float = 1.0,
         noise: str = "constant",
-        generator: torch.Generator | None = None,
-        update_average: bool = False,
+        generator: Draws | None = None,
     ) -> GenHeadOutput:
         """Everything in one call; data generation calls the stages and keeps what an identity shares."""
         condition = camera.label() if condition_camera is None else condition_camera
-        ws = self.map(z, condition, shape, truncation_psi, update_average)
+        ws = self.map(z, condition, shape, truncation_psi)
         posed = self.pose(shape, motion)
         return self.render(self.planes(ws, noise, generator), self.background(z), posed, camera, generator=generator)
 

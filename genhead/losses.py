@@ -15,6 +15,7 @@ from head3d.networks.resample import resize_antialias
 from head3d.rasterize import correspondence_map
 from head3d.rendering import HeadImages, Rendered
 from head3d.run.config import NonNegativeFloat, PositiveInt
+from head3d.run.seeding import Draws, normal, uniform
 from head3d.triplane import sample_planes
 
 
@@ -102,7 +103,7 @@ def part_regularizers(output: GenHeadOutput, config: RegularizerConfig) -> dict[
     return losses
 
 
-def density_smoothness(genhead: GenHead, planes: Tensor, config: RegularizerConfig, generator: torch.Generator) -> Tensor:
+def density_smoothness(genhead: GenHead, planes: Tensor, config: RegularizerConfig, generator: Draws) -> Tensor:
     """L1 between raw densities at random canonical points and at jittered copies, mean over the two plane sets, times the weight.
 
     Points are uniform in the box. The published code draws them in [-1, 1]^3, most of which lies outside; `published` keeps that.
@@ -111,8 +112,8 @@ def density_smoothness(genhead: GenHead, planes: Tensor, config: RegularizerConf
     box_side = genhead.config.sampling.box_side
     batch, half = planes.shape[0], 1.0 if genhead.config.published else box_side / 2
     size = (batch, config.smoothness_points, 3)
-    points = (torch.rand(size, generator=generator, device=generator.device) * 2 - 1).to(planes.device) * half
-    step = torch.randn(size, generator=generator, device=generator.device).to(planes.device) * (config.smoothness_step * box_side)
+    points = (uniform(size, generator, planes) * 2 - 1) * half
+    step = normal(size, generator, planes) * (config.smoothness_step * box_side)
     both = torch.cat([points, points + step], dim=1)
     total = planes.new_zeros(())
     for index, share in ((0, 2 / 3), (1, 1 / 3)):

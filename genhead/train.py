@@ -20,7 +20,7 @@ from genhead.losses import RegularizerConfig
 from genhead.portraits import PortraitSet
 from genhead.samples import sample_pictures
 from head3d.head_model import load_head_model
-from head3d.networks.discriminator import DiscriminatorConfig
+from head3d.networks.discriminator import DiscriminatorConfig, deviation_group
 from head3d.run import distributed
 from head3d.run.checkpoint import (
     Checkpoint,
@@ -100,7 +100,7 @@ def train(config: GenHeadRun) -> int:
 
 def _train(config: GenHeadRun, process: distributed.Process) -> int:
     game, portraits = build(config, process)
-    around = circumstances(config, portraits, process)
+    around = circumstances(portraits)
     saved = latest_checkpoint(config.out)
     images_seen = restore(config, game, saved, around) if saved else begin(config, game)
     if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
@@ -115,14 +115,13 @@ def _train(config: GenHeadRun, process: distributed.Process) -> int:
     bar = progress(config.total_images, "genhead", unit="img", initial=images_seen, enabled=process.is_main)
     with distributed.StopSignal() as stop, log, bar:
         while images_seen < config.total_images:
-            draws = torch_generator(config.seed, "portraits", process.rank, images_seen)
-            chosen = torch.randint(len(portraits), (size // process.world_size,), generator=draws)
-            scalars = game.step(labels, portraits.batch(chosen), images_seen, images_seen // size, process.rank)
+            chosen = torch.randint(len(labels), (size,), generator=torch_generator(config.seed, "portraits", images_seen))
+            scalars = game.step(labels, portraits.batch(chosen[game.parts.flatten()]), images_seen, images_seen // size)
             images_seen += size
             bar.update(size)
+            scalars = distributed.mean_scalars(scalars, process.device)  # the one time that the step waits for the device
             check_finite(scalars, images_seen, config.out, ADVICE)
             if crossed(images_seen, size, config.log_every):
-                scalars = distributed.mean_scalars(scalars, process.device)
                 log.scalars(images_seen, scalars)
                 bar.set_postfix_str(", ".join(f"D({kind})={scalars[f'discriminator/{kind}_logits']:.2f}" for kind in ("real", "fake")))
             stopping = distributed.any_process(stop.requested, process.device)
@@ -159,11 +158,12 @@ def build(config: GenHeadRun, process: distributed.Process) -> tuple[Game, Portr
             f"model.image_resolution {model.image_resolution}, discriminator.resolution {discriminator.resolution} and the "
             f"super-resolution's output {model.superresolution.output_resolution} must be equal; change the one that differs"
         )
-    parts = process.world_size * config.game.accumulation
-    if config.game.batch % parts or (config.game.batch // parts) % min(discriminator.group_size, config.game.batch // parts):
+    parts, group = process.world_size * config.game.accumulation, deviation_group(config.game.batch, discriminator.group_size)
+    if config.game.batch % (parts * group):
         raise ConfigError(
-            f"game.batch {config.game.batch} must be a multiple of processes x accumulation ({parts}), and each part a multiple of "
-            f"discriminator.group_size ({discriminator.group_size})"
+            f"game.batch {config.game.batch} must be a multiple of processes x accumulation x the discriminator's group, "
+            f"{process.world_size} x {config.game.accumulation} x {group} (the largest divisor of the batch up to discriminator.group_size "
+            f"{discriminator.group_size}); change one of them"
         )
     if config.missing_matte == "refuse" and not portraits.has_matte().all():
         count = int((~portraits.has_matte()).sum())
@@ -172,7 +172,7 @@ def build(config: GenHeadRun, process: distributed.Process) -> tuple[Game, Portr
             "opaque everywhere; add NAME_matte.png files and import again, or accept that with --missing_matte opaque"
         )
     head = load_head_model(config.head_model)
-    game = Game(config.game, model, discriminator, config.regularizers, head, config.seed, process.device)
+    game = Game(config.game, model, discriminator, config.regularizers, head, config.seed, process)
     return game, portraits
 
 
@@ -199,9 +199,9 @@ def begin(config: GenHeadRun, game: Game) -> int:
     return exported_images_seen(config.start_from)
 
 
-def circumstances(config: GenHeadRun, portraits: PortraitSet, process: distributed.Process) -> dict[str, Any]:
-    """What a run depends on besides its settings: the record of portraits and the number of processes."""
-    return {"portraits": config_hash(portraits.metadata), "processes": process.world_size}
+def circumstances(portraits: PortraitSet) -> dict[str, Any]:
+    """What a run depends on besides its settings: the record of portraits. The number of processes may change: it only rounds otherwise."""
+    return {"portraits": config_hash(portraits.metadata)}
 
 
 def save(config: GenHeadRun, game: Game, images_seen: int, around: dict[str, Any]) -> Path:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from head3d.run.config import NonNegativeInt, PositiveFloat
+from head3d.run.seeding import Draws, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class HeadImages:
     head_mask: Tensor | None = None  # [B, 1, R, R] in [0, 1], the mesh, eyes and mouth included
 
 
-def stratified_depths(near: Tensor, far: Tensor, rays: int, samples: int, generator: torch.Generator | None) -> Tensor:
+def stratified_depths(near: Tensor, far: Tensor, rays: int, samples: int, generator: Draws | None) -> Tensor:
     """Distances [B, rays, samples]: linspace(near, far) + u * step with u ~ U(0, 1), or 0.5 without a generator.
 
     near, far: [B] scene units. As published, the last sample may pass `far` by up to one step.
@@ -82,8 +83,7 @@ def stratified_depths(near: Tensor, far: Tensor, rays: int, samples: int, genera
     grid = near[:, None, None] + steps * step[:, None, None]
     if generator is None:
         return (grid + 0.5 * step[:, None, None]).expand(-1, rays, -1)
-    offset = torch.rand(near.shape[0], rays, samples, generator=generator, device=generator.device, dtype=near.dtype)
-    return grid + offset.to(near.device) * step[:, None, None]
+    return grid + uniform((near.shape[0], rays, samples), generator, near) * step[:, None, None]
 
 
 def composite(
@@ -123,7 +123,7 @@ def composite(
 
 
 @torch.no_grad()
-def importance_depths(depths: Tensor, weights: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+def importance_depths(depths: Tensor, weights: Tensor, samples: int, generator: Draws | None) -> Tensor:
     """Draw `samples` more distances [B, R, samples] where the weights are.
 
     The weights [B, R, S-1] are widened (max-pool 2, then average-pool 2), 0.01 is added, and the resulting density over the
@@ -139,7 +139,7 @@ def importance_depths(depths: Tensor, weights: Tensor, samples: int, generator: 
     if generator is None:
         u = ((torch.arange(samples, device=weights.device, dtype=weights.dtype) + 0.5) / samples).expand(batch * rays, samples)
     else:
-        u = torch.rand(batch * rays, samples, generator=generator, device=generator.device, dtype=weights.dtype).to(weights.device)
+        u = uniform((batch, rays, samples), generator, weights).reshape(batch * rays, samples)
     u = u.contiguous()
     above = torch.searchsorted(cdf, u, right=True)
     low, high = (above - 1).clamp_min(0), above.clamp_max(cdf.shape[1] - 1)
@@ -165,7 +165,7 @@ def render_rays(
     near: Tensor,  # [B]
     far: Tensor,  # [B]
     sampling: RaySampling,
-    generator: torch.Generator | None = None,
+    generator: Draws | None = None,  # for the whole batch, or one for each entry
 ) -> Rendered:
     """Two-pass rendering: stratified samples, then importance samples from their weights, merged and sorted.
 

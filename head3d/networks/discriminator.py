@@ -86,14 +86,30 @@ class DiscriminatorBlock(nn.Module):
         return self.skip(x) + self.conv1(self.conv0(x))
 
 
+def deviation_group(batch: int, group_size: int) -> int:
+    """Samples in a group of `minibatch_deviation`: the largest divisor of the batch that is at most group_size."""
+    return next(g for g in range(min(group_size, batch), 0, -1) if batch % g == 0)
+
+
+def split_batch(batch: int, parts: int, group_size: int) -> Tensor:
+    """Sample numbers [parts, batch / parts] of a batch that is judged part by part, so that no group of `minibatch_deviation` is torn.
+
+    Part k gets the k-th run of whole groups, in the order in which `minibatch_deviation` finds the same groups again; one part is the
+    batch as it is. With g the group, `parts` must divide batch / g.
+    """
+    group = deviation_group(batch, group_size)
+    assert batch // group % parts == 0, f"{batch} samples in groups of {group} cannot be split into {parts} parts"
+    return torch.arange(batch).view(group, parts, -1).transpose(0, 1).reshape(parts, -1)
+
+
 def minibatch_deviation(x: Tensor, group_size: int) -> Tensor:
     """Append one channel: the standard deviation within a group of samples, averaged (arXiv:1710.10196, section 3).
 
-    x [B, C, H, W] -> [B, C+1, H, W]. A group is samples n, n + B/g, n + 2B/g, ...; g is the largest divisor of B that is at most
-    group_size. The average is over channels and pixels; g = 1 gives ~0.
+    x [B, C, H, W] -> [B, C+1, H, W]. A group is samples n, n + B/g, n + 2B/g, ... with g = deviation_group(B, group_size). The
+    average is over channels and pixels; g = 1 gives ~0.
     """
     batch, _, height, width = x.shape
-    size = next(g for g in range(min(group_size, batch), 0, -1) if batch % g == 0)
+    size = deviation_group(batch, group_size)
     groups = x.float().reshape(size, batch // size, -1)
     deviation = (groups.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=1)
     return torch.cat([x, deviation.to(x.dtype).repeat(size)[:, None, None, None].expand(-1, 1, height, width)], dim=1)

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from head3d.networks.resample import image_layout, upsample2, upsample2_conv
 from head3d.run.errors import ConfigError
+from head3d.run.seeding import Draws, normal
 
 Activation = Literal["linear", "leaky_relu"]
 Noise = Literal["constant", "random", "none"]
@@ -111,7 +112,6 @@ class Mapping(nn.Module):
         z: Tensor | None,  # [B, z_dim] standard normal; None where z_dim is 0
         c: Tensor | None = None,  # [B, c_dim]; None where c_dim is 0
         truncation_psi: float = 1.0,  # w <- w_average + psi * (w - w_average)
-        update_average: bool = False,  # move w_average towards this batch's mean (training steps of the generator)
     ) -> Tensor:
         """Return ws [B, n_ws, w_dim]."""
         inputs = []
@@ -126,12 +126,15 @@ class Mapping(nn.Module):
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
         for layer in self.layers:
             x = layer(x)
-        if update_average:
-            self.w_average.lerp_(x.detach().mean(dim=0).to(self.w_average.dtype), 1.0 - self.average_decay)
         ws = x[:, None].expand(-1, self.n_ws, -1)
         if truncation_psi == 1.0:
             return ws
         return self.w_average.lerp(ws, truncation_psi)
+
+    @torch.no_grad()
+    def move_average(self, mean: Tensor) -> None:
+        """Move w_average towards the mean w [w_dim] of a whole batch, by 1 - average_decay; once for each step of the generator."""
+        self.w_average.lerp_(mean.to(self.w_average.dtype), 1.0 - self.average_decay)
 
 
 def modulated_conv(
@@ -203,7 +206,7 @@ class SynthesisLayer(nn.Module):
         if noise:
             self.register_buffer("noise", torch.randn(resolution, resolution))
 
-    def forward(self, x: Tensor, w: Tensor, noise: Noise = "constant", generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, noise: Noise = "constant", generator: Draws | None = None) -> Tensor:
         styles = self.affine(w)
         y = modulated_conv(
             x,
@@ -216,7 +219,7 @@ class SynthesisLayer(nn.Module):
         )
         return activate(y, "leaky_relu", self.clamp)
 
-    def _noise(self, batch: int, noise: Noise, generator: torch.Generator | None) -> Tensor | None:
+    def _noise(self, batch: int, noise: Noise, generator: Draws | None) -> Tensor | None:
         if self.noise_strength is None:
             return None
         match noise:
@@ -226,8 +229,7 @@ class SynthesisLayer(nn.Module):
                 image = self.noise[None, None]
             case "random":
                 assert generator is not None, "random noise needs a generator"
-                shape = (batch, 1, self.resolution, self.resolution)
-                image = torch.randn(shape, generator=generator, device=generator.device).to(self.noise.device)
+                image = normal((batch, 1, self.resolution, self.resolution), generator, self.noise)
             case _:
                 raise ValueError(f"noise: expected 'constant', 'random' or 'none', got {noise!r}")
         return image * (self.noise_strength * LEAKY_RELU_GAIN)
@@ -286,7 +288,7 @@ class SynthesisBlock(nn.Module):
         image: Tensor | None,  # [B, channels_out, H/2, W/2] float32; None in the first block
         ws: Tensor,  # [B or 1, n_convs + 1, w_dim]: the convolutions' and, last, to_image's
         noise: Noise = "constant",
-        generator: torch.Generator | None = None,
+        generator: Draws | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return features [B, out_channels, H, W] and image [B, channels_out, H, W]."""
         w = iter(ws.unbind(dim=1))
@@ -347,7 +349,7 @@ class Synthesis(nn.Module):
         self,
         ws: Tensor,  # [B, num_ws, w_dim]
         noise: Noise = "constant",
-        generator: torch.Generator | None = None,  # for noise 'random'
+        generator: Draws | None = None,  # for noise 'random'
     ) -> Tensor:
         """Return the image [B, channels_out, resolution, resolution], float32, unbounded.
 

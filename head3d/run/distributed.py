@@ -38,6 +38,9 @@ def start(device: str = "auto") -> Process:
         if chosen.index is None:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
+        torch.backends.cudnn.allow_tf32 = (
+            False  # ten bits of mantissa are too few for the gradient penalty; blocks that allow it use float16
+        )
     if world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return Process(rank, world_size, chosen, is_main=rank == 0)
@@ -52,11 +55,17 @@ def stop() -> None:
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over the processes, in one message a data type.
 
-    A parameter without a gradient counts as zero where another process has one, so all processes then take the same step.
+    A parameter without a gradient counts as zero where another process has one, so all processes then take the same step; one that has
+    none anywhere stays without, and the optimiser passes it over as it does in a process alone.
     """
     if not torch.distributed.is_initialized():
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        return
+    reached = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8, device=trained[0].device)
+    torch.distributed.all_reduce(reached, op=torch.distributed.ReduceOp.MAX)
+    trained = [parameter for parameter, flag in zip(trained, reached.tolist(), strict=True) if flag]
     for dtype in dict.fromkeys(parameter.dtype for parameter in trained):
         same = [parameter for parameter in trained if parameter.dtype == dtype]
         for parameter in same:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+
+Draws = torch.Generator | Sequence[torch.Generator]  # one stream for a whole batch, or one for each of its samples
 
 
 def numpy_generator(*keys: int | str) -> np.random.Generator:
@@ -27,6 +30,23 @@ def torch_generator(*keys: int | str, device: torch.device | str = "cpu") -> tor
     """
     seed = int(_seed_sequence(keys).generate_state(1, np.uint64)[0])
     return torch.Generator(device=device).manual_seed(seed)
+
+
+def uniform(shape: Sequence[int], draws: Draws, like: Tensor) -> Tensor:
+    """U(0, 1) of `shape` [B, ...], with the device and number format of `like`; with B generators, sample b draws from draws[b] alone."""
+    return _draw(torch.rand, shape, draws, like)
+
+
+def normal(shape: Sequence[int], draws: Draws, like: Tensor) -> Tensor:
+    """N(0, 1), otherwise as `uniform`."""
+    return _draw(torch.randn, shape, draws, like)
+
+
+def _draw(kind: Callable[..., Tensor], shape: Sequence[int], draws: Draws, like: Tensor) -> Tensor:
+    if isinstance(draws, torch.Generator):
+        return kind(tuple(shape), generator=draws, device=draws.device, dtype=like.dtype).to(like.device)
+    assert len(draws) == shape[0], f"expected a generator for each of {shape[0]} samples, got {len(draws)}"
+    return torch.stack([kind(tuple(shape[1:]), generator=one, device=one.device, dtype=like.dtype) for one in draws]).to(like.device)
 
 
 def _seed_sequence(keys: tuple[int | str, ...]) -> np.random.SeedSequence:

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from head3d.networks.discriminator import DiscriminatorConfig
 from head3d.networks.superresolution import SuperResolutionConfig
 from head3d.rendering import RaySampling
 from head3d.run.checkpoint import latest_checkpoint
+from head3d.run.config import save_yaml
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
 
@@ -103,6 +108,16 @@ def test_training_moves_both_players_and_the_average_lags(finished):
     assert not torch.equal(tensors[first], tensors[first.replace("generator/", "averaged/")])
     moments = [name for name in tensors if name.startswith("optimizer_discriminator") and name.endswith("exp_avg_sq")]
     assert moments and all(tensors[name].abs().sum() > 0 for name in moments if tensors[name].numel() > 1)
+
+
+def test_lazy_terms_are_optimiser_steps_of_their_own(finished):
+    """Three steps with both terms at the first and the third: five updates of what they reach, three of what they do not."""
+    tensors = _tensors(finished)
+    counts = {
+        player: {int(value) for name, value in tensors.items() if name.startswith(f"optimizer_{player}") and name.endswith(".step")}
+        for player in ("generator", "discriminator")
+    }
+    assert counts["generator"] == {3, 5} and max(counts["discriminator"]) == 5
 
 
 def test_a_finished_run_is_not_repeated(finished, portraits, capsys):
@@ -227,3 +242,56 @@ def test_half_precision_exports_halve_the_file_and_still_render(finished, portra
     sizes = [(folder / "export" / "model.safetensors").stat().st_size for folder in (tmp_path, finished)]
     assert sizes[0] < 0.6 * sizes[1]
     assert next(load_genhead(tmp_path / "export").parameters()).dtype == torch.float32
+
+
+def _far(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    """Weights that differ by more than rounding; moments of the optimisers are left out, where squares of tiny gradients lie."""
+    assert ours.keys() == theirs.keys()
+    names = [name for name in ours if not name.startswith("optimizer_")]
+    return [name for name in names if not torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=5e-6)]
+
+
+def _eight(**changes) -> GameConfig:
+    return dataclasses.replace(
+        GameConfig(batch=8, r1_every=2, smoothness_every=2, blur_sigma=1.0, blur_images=64, swap_end=0.5, swap_images=8), **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory, portraits) -> dict[str, torch.Tensor]:
+    out = tmp_path_factory.mktemp("undivided")
+    assert train(_run(out, portraits, total_images=16, checkpoint_every=16, game=_eight())) == 0
+    return latest_checkpoint(out).tensors
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_no_result(tmp_path, portraits, undivided, accumulation):
+    assert train(_run(tmp_path, portraits, total_images=16, checkpoint_every=16, game=_eight(accumulation=accumulation))) == 0
+    assert _far(latest_checkpoint(tmp_path).tensors, undivided) == []
+
+
+def test_two_processes_train_what_one_trains(tmp_path, portraits, undivided):
+    config = _run(tmp_path / "run", portraits, total_images=16, checkpoint_every=16, game=_eight())
+    save_yaml(config, tmp_path / "run.yaml")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "genhead", "--config", str(tmp_path / "run.yaml")],
+            env=environment | {"RANK": rank},
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # the other one waits for ever when one has failed
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert _far(latest_checkpoint(config.out).tensors, undivided) == []
+    assert train(dataclasses.replace(config, total_images=24)) == 0  # one process goes on

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from head3d.networks.discriminator import Discriminator, DiscriminatorConfig, EqualizedConv, minibatch_deviation
+from head3d.networks.discriminator import Discriminator, DiscriminatorConfig, EqualizedConv, minibatch_deviation, split_batch
 from head3d.run.errors import ConfigError
 
 
@@ -40,6 +40,28 @@ def test_deviation_channel_is_the_mean_spread_of_each_group() -> None:
 def test_group_size_falls_to_a_divisor_of_the_batch(batch: int, groups_of: int) -> None:
     spread = minibatch_deviation(draw(batch, 2, 2, 2), 2)[:, 2].amax()
     assert (spread < 1e-3) == (groups_of == 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "group_size", "expected"),
+    [
+        (4, 1, 2, [[0, 1, 2, 3]]),
+        (4, 2, 2, [[0, 2], [1, 3]]),
+        (8, 2, 2, [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        (9, 3, 4, [[0, 3, 6], [1, 4, 7], [2, 5, 8]]),
+        (4, 4, 1, [[0], [1], [2], [3]]),
+    ],
+)
+def test_a_split_batch_keeps_groups_whole(batch: int, parts: int, group_size: int, expected: list[list[int]]) -> None:
+    assert split_batch(batch, parts, group_size).tolist() == expected
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_parts_of_a_split_batch_see_the_deviations_of_the_whole(parts: int) -> None:
+    x = draw(12, 3, 2, 2)
+    whole = minibatch_deviation(x, 2)
+    for members in split_batch(12, parts, 2):
+        torch.testing.assert_close(minibatch_deviation(x[members], 2), whole[members])
 
 
 def test_equalized_convolution_scales_weights_bias_and_clamp() -> None:

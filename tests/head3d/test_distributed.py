@@ -21,10 +21,12 @@ weight, other = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zer
 weight.grad = torch.tensor([1.0, 2.0]) * (me.rank + 1)
 if me.rank == 0:
     other.grad = torch.ones(3)  # the other process has none
+idle = torch.nn.Parameter(torch.zeros(1))
 mean = torch.tensor([2.0, 4.0]) * me.rank
 average_tensors([mean])
 assert mean.tolist() == [1, 2]
-average_gradients([weight, other])
+average_gradients([weight, other, idle])
+assert idle.grad is None
 assert weight.grad.tolist() == [1.5, 3.0] and other.grad.tolist() == [0.5] * 3
 assert mean_scalars({"a": me.rank, "b": torch.tensor(3.0)}, me.device) == {"a": 0.5, "b": 3.0}
 assert any_process(me.rank == 1, me.device) and not any_process(False, me.device)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from head3d.run.seeding import numpy_generator, torch_generator
+from head3d.run.seeding import normal, numpy_generator, torch_generator, uniform
 
 
 def test_the_stream_of_given_keys_never_changes():
@@ -56,3 +56,17 @@ def test_other_keys_are_refused(key):
 def test_a_stream_that_belongs_to_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one key"):
         torch_generator()
+
+
+@pytest.mark.parametrize("draw", [uniform, normal])
+def test_with_a_generator_for_each_sample_a_sample_draws_the_same_in_any_batch(draw):
+    like = torch.zeros(1, dtype=torch.float64)
+    whole = draw((3, 2, 5), [torch_generator("sample", number) for number in range(3)], like)
+    alone = draw((2, 2, 5), [torch_generator("sample", number) for number in (2, 0)], like)
+    assert whole.dtype == torch.float64 and torch.equal(alone, whole[[2, 0]])
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_one_generator_draws_a_whole_batch_as_torch_does():
+    drawn = normal((3, 4), torch_generator("batch"), torch.zeros(1))
+    assert torch.equal(drawn, torch.randn(3, 4, generator=torch_generator("batch")))
