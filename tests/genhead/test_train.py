@@ -25,9 +25,10 @@ from head3d.networks.discriminator import DiscriminatorConfig
 from head3d.networks.superresolution import SuperResolutionConfig
 from head3d.rendering import RaySampling
 from head3d.run.checkpoint import latest_checkpoint
-from head3d.run.config import save_yaml
+from head3d.run.config import load_yaml, save_yaml
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
+from pipelines.portraits import PortraitsRun
 
 MODEL = GenHeadConfig(
     z_dim=8,
@@ -295,3 +296,13 @@ def test_two_processes_train_what_one_trains(tmp_path, portraits, undivided):
     assert [process.returncode for process in processes] == [0, 0], errors
     assert _far(latest_checkpoint(config.out).tensors, undivided) == []
     assert train(dataclasses.replace(config, total_images=24)) == 0  # one process goes on
+
+
+def test_the_paper_config_is_the_defaults_and_the_small_one_follows_its_rule(root):
+    paper = load_yaml(GenHeadRun, root / "configs" / "genhead_paper.yaml")
+    assert paper == GenHeadRun(out=paper.out, portraits=paper.portraits)
+    small = load_yaml(GenHeadRun, root / "configs" / "genhead_small.yaml")
+    size, batch = small.model.image_resolution / 512, small.game.batch / 32
+    assert dataclasses.astuple(small.game.r1) == tuple(weight * size**2 / batch for weight in dataclasses.astuple(paper.game.r1))
+    assert (small.game.ema_images, small.game.blur_sigma) == (10_000 * batch, 10 * size)
+    assert load_yaml(PortraitsRun, root / "configs" / "portraits_small.yaml").resolution == small.model.image_resolution
