@@ -12,14 +12,14 @@ export PYTHONUNBUFFERED = 1
 
 # Renewed when the pinned versions or the package's own description change; written last, so a broken-off set-up is taken up again.
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' -)
-STAGES := demo head-page portraits genhead datagen verify reconstructor evaluate drive report bench
+STAGES := demo head-page portraits genhead datagen verify reconstructor evaluate drive report import-published bench
 # CONFIG if given, else configs/<stage>_tiny.yaml where there is one
 SETTINGS = $(or $(CONFIG),$(wildcard configs/$(subst -,_,$@)_tiny.yaml))
 
 .PHONY: help install test test-gpu lint $(STAGES)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  A stage takes CONFIG=file.yaml (default configs/<stage>_tiny.yaml) and ARGS="--section.key value ...";'
 	@echo '  make STAGE ARGS=--help lists its settings. PYTHON=/path/to/python3.12 chooses the Python of a new $(VENV).'
@@ -48,6 +48,7 @@ reconstructor: ## train the one-shot reconstructor
 evaluate: ## measure a reconstructor on held-out identities
 drive: ## animate one picture with a sequence of motions
 report: ## gather a run into one page: make report ARGS=DIR
+import-published: ## a published checkpoint as an export: make import-published ARGS="FILE --out DIR --head_model FLAME"
 bench: ## time the parts that set the pace beside what the machine could do
 
 $(STAGES): $(STAMP)

@@ -15,6 +15,7 @@ The published state dict has four trainable parts and constant filters. Ours map
   superresolution.block{i}.*           superresolution.blocks.{i}.*       (torgb -> to_image)
   *.resample_filter                    none: the fixed filter [1, 3, 3, 1], checked
   superresolution.*.noise_{const,strength}   none: the published super-resolution runs without noise
+  constants of the head model and rasteriser none: ours come from the head model that the user gives
 
 All tensors are stored as they are trained: the equalised layers' gains are applied in use (the decoder's: 1/sqrt(32) and
 1/sqrt(64), learning-rate multiplier 1), so values are copied without scaling.
@@ -54,6 +55,9 @@ def _mapping(published: str, ours: str) -> Names:
     )
 
 
+# Modules of the published generator that hold a head model's tables and no learned weight; which there are depends on the release.
+HEAD_TABLES = r"(\w*(?:deform|flame|raster|renderer|ray_sampler|face_model|head_model|mesh)\w*)\..+"
+
 GENHEAD_NAMES: Names = (
     *_mapping(r"backbone\.mapping", "mapping"),
     *_synthesis(r"backbone\.synthesis\.b(\d+)", r"backbone.blocks.\1"),
@@ -63,6 +67,7 @@ GENHEAD_NAMES: Names = (
     (r"decoder\.out_sigma\.(weight|bias)", r"decoder.density.\1"),
     (r"decoder\.out_rgb\.(weight|bias)", r"decoder.color.\1"),
     *_synthesis(r"superresolution\.block(\d+)", r"superresolution.blocks.\1", noise=False),
+    (HEAD_TABLES, None),
 )
 
 

@@ -1,0 +1,227 @@
+"""Published GenHead files as plain tensors, without running anything inside them.
+
+A published pickle is a dictionary (G_ema, and perhaps G, D, augment_pipe, training_set_kwargs). Its networks are
+`torch_utils.persistence._reconstruct_persistent_obj(meta)`, meta = {type, version, module_src, class_name, state}: the original
+executes the source text module_src; here it is dropped unread, and the state, a torch module's __dict__ with _parameters,
+_buffers and _modules, is all that is kept. Tensors are built here from checked sizes; the bytes below them are a stream of
+torch.save, which torch's own weights-only reader takes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from head3d.run.errors import AssetError
+from head3d.run.pickles import DAMAGE, Inert, Names, plain_names, read_pickle
+
+NETWORK = "G_ema"  # the averaged generator of a published pickle
+REMEDY = "use a published GenHead .pkl as downloaded, or a .pt or .safetensors file with its tensors by name"
+_NEEDS = "a published network needs only torch's modules and tensors, numpy arrays and torch_utils.persistence's objects"
+_MOST_MODULES = 10_000  # a module may hold itself
+_MOST_ELEMENTS = 10**7  # of a tensor with fewer in memory
+_TORCH_MODULES = {
+    "container": ("Sequential", "ModuleList", "ModuleDict", "ParameterList"),
+    "activation": ("Softplus", "Sigmoid", "Tanh", "ReLU", "LeakyReLU", "Softmax"),
+    "linear": ("Linear", "Identity"),
+    "conv": ("Conv2d", "Conv3d", "ConvTranspose2d"),
+    "pooling": ("AvgPool2d", "AvgPool3d", "MaxPool2d", "AdaptiveAvgPool2d"),
+    "padding": ("ReflectionPad2d", "ReplicationPad2d", "ReplicationPad3d", "ZeroPad2d"),
+    "upsampling": ("Upsample",),
+}  # torch.nn.modules.<file>.<class>; each becomes the same container
+
+
+class PublishedFile(NamedTuple):
+    """What a published file holds."""
+
+    tensors: dict[str, Tensor]  # the generator's, by their published names
+    skipped: tuple[str, ...]  # other entries of the file: the discriminator, the generator before averaging, settings
+
+
+def read_published(path: Path) -> PublishedFile:
+    """Tensors of a .pkl, .pt, .pth or .safetensors file, unchecked as to what they are.
+
+    Raises AssetError if the file is missing, unsafe (naming the refused global), damaged or without a generator.
+    """
+    if not path.is_file():
+        raise AssetError(f"{path}: there is no such file; {REMEDY}")
+    match path.suffix:
+        case ".pkl":
+            content = read_pickle(path, _names(path), _NEEDS, REMEDY)
+            generator, skipped = _generator(content, path)
+            return PublishedFile(_module_state(generator, path), skipped)
+        case ".pt" | ".pth":
+            with path.open("rb") as file:
+                content = _weights_only(file, path)
+            generator, skipped = _generator(content, path) if isinstance(content, dict) and NETWORK in content else (content, ())
+        case ".safetensors":
+            try:
+                generator, skipped = load_file(path), ()
+            except (SafetensorError, OSError) as error:
+                raise AssetError(f"{path}: expected a safetensors file: {error}; download it again") from error
+        case suffix:
+            raise AssetError(f"{path}: a published network ends in .pkl, .pt, .pth or .safetensors, got {suffix!r}; {REMEDY}")
+    if not isinstance(generator, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in generator.items()):
+        raise AssetError(f"{path}: expected tensors by name, got {_describe(generator)}; {REMEDY}")
+    return PublishedFile(generator, skipped)
+
+
+def _generator(content: object, path: Path) -> tuple[Any, tuple[str, ...]]:
+    """(the averaged generator, names of everything else)."""
+    if not isinstance(content, dict) or NETWORK not in content:
+        raise AssetError(f"{path}: expected a dictionary with the network {NETWORK!r}, got {_describe(content)}; {REMEDY}")
+    return content[NETWORK], tuple(str(name) for name, value in content.items() if name != NETWORK and value is not None)
+
+
+def _describe(content: object) -> str:
+    if isinstance(content, dict):
+        return "a dictionary of " + (", ".join(f"{key} ({type(value).__name__})" for key, value in list(content.items())[:6]) or "nothing")
+    return f"a {type(content).__name__}"
+
+
+# Stand-ins for the objects of a pickle --------------------------------------------------------------------------------------
+
+
+class _Module(Inert):
+    """A torch module, from torch or with a source of its own; its state is its __dict__."""
+
+
+class _Settings(dict):
+    """dnnlib.util.EasyDict."""
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("a state for a dictionary of settings")
+
+
+def _persistent_module(meta: object) -> _Module:
+    """torch_utils.persistence._reconstruct_persistent_obj: keeps the state, drops module_src and class_name unread."""
+    if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
+        raise pickle.UnpicklingError("a persistent object that is not of type 'class' with a dictionary as state")
+    module = _Module()
+    module.__setstate__(meta["state"])
+    return module
+
+
+def _tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> Tensor:
+    """torch._utils._rebuild_tensor(_v2), within its storage."""
+    numbers = [offset, *size, *stride] if isinstance(size, tuple) and isinstance(stride, tuple) else [None]
+    if not isinstance(storage, Tensor) or any(type(number) is not int or number < 0 for number in numbers) or len(size) != len(stride):
+        raise pickle.UnpicklingError("a tensor whose storage, offset, size or stride is of the wrong kind")
+    count = math.prod(size)
+    last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
+    if count and (last >= len(storage) or count > max(len(storage), _MOST_ELEMENTS)):
+        raise pickle.UnpicklingError(f"a tensor of size {size} and stride {stride} at {offset} in a storage of {len(storage)}")
+    return torch.as_strided(storage, size, stride, offset).clone()
+
+
+def _parameter(data: object, *_: object) -> Tensor:
+    """torch._utils._rebuild_parameter, as a plain tensor."""
+    if not isinstance(data, Tensor):
+        raise pickle.UnpicklingError(f"a parameter made of a {type(data).__name__}")
+    return data
+
+
+def _text(*arguments: object) -> str:
+    """torch.device and the like: only their text is kept."""
+    return " ".join(str(argument) for argument in arguments if isinstance(argument, str | int))
+
+
+def _size(sides: object = ()) -> tuple:
+    """torch.Size."""
+    if not isinstance(sides, tuple | list):
+        raise pickle.UnpicklingError(f"a size made of a {type(sides).__name__}")
+    return tuple(sides)
+
+
+def _names(path: Path) -> Names:
+    """All that a published pickle may name; `path` is for the messages of the streams inside."""
+
+    def storage(data: object) -> Tensor:
+        """torch.storage._load_from_bytes: its elements as a flat tensor."""
+        if not isinstance(data, bytes):
+            raise pickle.UnpicklingError(f"a storage made of a {type(data).__name__}")
+        content = _weights_only(io.BytesIO(data), path)
+        if not isinstance(content, torch.storage.TypedStorage):
+            raise pickle.UnpicklingError(f"a storage that is a {type(content).__name__}")
+        return torch.empty(0, dtype=content.dtype).set_(content._untyped_storage)
+
+    formats = ("float16", "float32", "float64", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
+    return (
+        plain_names()
+        | {("torch", name): name for name in formats}
+        | {(f"torch.nn.modules.{file}", name): _Module for file, names in _TORCH_MODULES.items() for name in names}
+        | {
+            ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_module,
+            ("dnnlib.util", "EasyDict"): _Settings,
+            ("collections", "OrderedDict"): dict,
+            ("torch._utils", "_rebuild_tensor"): _tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_parameter"): _parameter,
+            ("torch.storage", "_load_from_bytes"): storage,
+            ("torch", "Size"): _size,
+            ("torch", "device"): _text,
+        }
+    )
+
+
+def _weights_only(file: BinaryIO, path: Path) -> Any:
+    """torch.load of tensors and nothing else. Raises AssetError that names a refused global, or the damage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's notes on old formats
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (*DAMAGE, OSError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise AssetError(
+                f"{path}: refused to load: a torch stream in it asks for {refused[1]}, but {_NEEDS}; nothing of it was run. "
+                f"Do not use this file; {REMEDY}"
+            ) from None
+        first_line = str(error).strip().split("\n")[0]
+        raise AssetError(f"{path}: not readable tensors of torch ({type(error).__name__}: {first_line}); download it again") from error
+
+
+# A module's state -----------------------------------------------------------------------------------------------------------
+
+
+def _module_state(module: object, path: Path) -> dict[str, Tensor]:
+    """What state_dict() of the original module would give: parameters and persistent buffers by dotted name."""
+    try:
+        return dict(_entries(module))
+    except DAMAGE as error:
+        raise AssetError(f"{path}: {NETWORK} is not a torch module as published ({error}); {REMEDY}") from error
+
+
+def _entries(generator: object) -> Iterator[tuple[str, Tensor]]:
+    waiting, visited = [("", generator)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        visited += 1
+        if not isinstance(module, _Module) or visited > _MOST_MODULES:
+            raise ValueError(f"{prefix or NETWORK}: expected a module, got a {type(module).__name__} as number {visited}")
+        parameters, buffers, modules = (_group(module, name, prefix or NETWORK) for name in ("_parameters", "_buffers", "_modules"))
+        passing = module.state.get("_non_persistent_buffers_set", ())
+        for name, value in [*parameters.items(), *((name, value) for name, value in buffers.items() if name not in passing)]:
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{prefix}{name}: expected a tensor, got a {type(value).__name__}")
+            yield f"{prefix}{name}", value
+        waiting += [(f"{prefix}{name}.", child) for name, child in reversed(modules.items())]
+
+
+def _group(module: _Module, group: str, where: str) -> dict[str, Any]:
+    """The entries of one dictionary of a module that are not None."""
+    entries = module.state.get(group)
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
+        raise ValueError(f"{where}: expected a dictionary {group}, got a {type(entries).__name__}")
+    return {name: value for name, value in entries.items() if value is not None}
