@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -53,8 +53,8 @@ def check_folder(folder: Path, resolution: int) -> list[Photograph]:
             )
         matte = folder / f"{image.stem}_matte.png"
         photographs.append(Photograph(image, matte if matte.exists() else None, read_label(image.with_suffix(".npy"), image)))
-        side = _check_picture(image, ("RGB",), resolution)
-        if matte.exists() and _check_picture(matte, ("L", "RGB"), resolution) != side:
+        side = check_picture(open_picture(image, str(image)), str(image), ("RGB",), resolution)
+        if matte.exists() and check_picture(open_picture(matte, str(matte)), str(matte), ("L", "RGB"), resolution) != side:
             raise DataError(
                 f"{matte}: expected the size of {image.name}, {side} x {side}, got another; export the matte at the picture's size"
             )
@@ -75,54 +75,61 @@ def read_label(path: Path, image: Path) -> np.ndarray:
         ) from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: expected a .npy file of 437 numbers, got an archive of several arrays; write one array with numpy.save")
-    label = check_label(array, str(path))
+    return check_fitted(array, str(path))
+
+
+def check_fitted(array: np.ndarray, where: str) -> np.ndarray:
+    """The label float32 [437], if it can be that of a head in the picture. Raises DataError naming `where` otherwise."""
+    label = check_label(array, where)
     parts = unpack_label(torch.from_numpy(label)[None])
     values = {"shape": parts.shape} | parts.motion._asdict()
     for name, limit in _LIMITS:
         largest = float(values[name].abs().max())
         if largest > limit:
             raise DataError(
-                f"{path}: expected |{name}| <= {limit} (standard deviations or radians), got {largest:.4g}; "
+                f"{where}: expected |{name}| <= {limit} (standard deviations or radians), got {largest:.4g}; "
                 "check the order and the unit of the numbers"
             )
     uv, depth = project(torch.zeros(1, 1, 3), parts.camera)
     if not (float(depth) > 0 and bool(((uv >= 0) & (uv <= 1)).all())):
         raise DataError(
-            f"{path}: expected the neck joint (the origin) in front of the camera and inside the picture, got depth {float(depth):.3g} at "
+            f"{where}: expected the neck joint (the origin) in front of the camera and inside the picture, got depth {float(depth):.3g} at "
             f"({float(uv[0, 0, 0]):.3g}, {float(uv[0, 0, 1]):.3g}) of the picture; "
             "the camera must be camera-to-world, look down -z, and be in FLAME metres x 3"
         )
     return label
 
 
-def _check_picture(path: Path, modes: Sequence[str], resolution: int) -> int:
-    """The side of a square picture of one of `modes`, decoded once in full so that a cut-off file is found now."""
-    picture = _open(path)
+def check_picture(picture: Image.Image, where: str, modes: Sequence[str], resolution: int) -> int:
+    """The side of a square picture of one of `modes`. Raises DataError naming `where` if it is another kind or too small."""
     if picture.mode not in modes:
         raise DataError(
-            f"{path}: expected {' or '.join(modes)} with 8 bits a channel, got {picture.mode}; "
+            f"{where}: expected {' or '.join(modes)} with 8 bits a channel, got {picture.mode}; "
             "convert it (an alpha channel belongs in NAME_matte.png)"
         )
     if picture.getexif().get(_ORIENTATION, 1) != 1:
-        raise DataError(f"{path}: expected upright pixels, but the EXIF orientation turns them; save it turned and fit the label to that")
+        raise DataError(f"{where}: expected upright pixels, but the EXIF orientation turns them; save it turned and fit the label to that")
     if picture.width != picture.height:
-        raise DataError(f"{path}: expected a square picture, got {picture.width} x {picture.height}; crop it as its label's camera sees it")
+        raise DataError(
+            f"{where}: expected a square picture, got {picture.width} x {picture.height}; crop it as its label's camera sees it"
+        )
     if picture.width < resolution:
         raise DataError(
-            f"{path}: expected at least {resolution} x {resolution} pixels, got {picture.width} x {picture.height}; "
+            f"{where}: expected at least {resolution} x {resolution} pixels, got {picture.width} x {picture.height}; "
             "use a larger picture or a smaller --resolution"
         )
     return picture.width
 
 
-def _open(path: Path) -> Image.Image:
+def open_picture(source: Path | BinaryIO, where: str) -> Image.Image:
+    """Decoded in full, so that a cut-off file is found now. Raises DataError naming `where`."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(source) as picture:
             picture.load()
             return picture
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG chunks
         raise DataError(
-            f"{path}: expected a PNG or JPEG picture, but it cannot be decoded ({error}); export it again or remove it"
+            f"{where}: expected a PNG or JPEG picture, but it cannot be decoded ({error}); export it again or remove it"
         ) from error
 
 
@@ -140,11 +147,14 @@ def read_photograph(photograph: Photograph, resolution: int) -> tuple[Portrait, 
 
     Where there is no matte, the stored one is 255 everywhere and the flag is False.
     """
-    image = np.asarray(_resize(_open(photograph.image), resolution))
+    image = np.asarray(resize_picture(open_picture(photograph.image, str(photograph.image)), resolution))
     if photograph.matte is None:
         return Portrait(image, np.full((resolution, resolution), 255, np.uint8), photograph.label), False
-    return Portrait(image, np.asarray(_resize(_open(photograph.matte).convert("L"), resolution)), photograph.label), True
+    return Portrait(
+        image, np.asarray(resize_picture(open_picture(photograph.matte, str(photograph.matte)).convert("L"), resolution)), photograph.label
+    ), True
 
 
-def _resize(picture: Image.Image, resolution: int) -> Image.Image:
+def resize_picture(picture: Image.Image, resolution: int) -> Image.Image:
+    """To `resolution` x `resolution` with Pillow's anti-aliased Lanczos filter."""
     return picture if picture.width == resolution else picture.resize((resolution, resolution), Image.Resampling.LANCZOS)

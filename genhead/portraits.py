@@ -199,6 +199,20 @@ def write_portraits(
 _environments: weakref.WeakValueDictionary[tuple[int, int], lmdb.Environment] = weakref.WeakValueDictionary()
 
 
+def open_environment(path: Path, remedy: str) -> lmdb.Environment:
+    """The LMDB in the folder `path`, to read from. Raises DataError, ending in `remedy`, if it is none or cut off."""
+    try:
+        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise DataError(f"{path}/data.mdb: expected an LMDB file, but it does not open ({error}); {remedy}") from error
+    # The file is mapped into memory: to read a page beyond its end would kill the process without a word.
+    promised = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    size = (path / "data.mdb").stat().st_size
+    if size < promised:
+        raise DataError(f"{path}/data.mdb: expected {promised} bytes, got {size}: the file was cut off; {remedy}")
+    return environment
+
+
 class PortraitSet:
     """A record of portraits: `len(portraits)`, `portraits[i] -> Portrait`, `labels()`, `images(indices)`, `mattes(indices)`.
 
@@ -281,19 +295,9 @@ class PortraitSet:
             key = (status.st_dev, status.st_ino)
             self._environment = _environments.get(key)
             if self._environment is None:
-                try:
-                    self._environment = _environments[key] = lmdb.open(str(self.path), readonly=True, lock=False, readahead=False)
-                except lmdb.Error as error:
-                    raise DataError(
-                        f"{self.path}/data.mdb: expected an LMDB file, but it does not open ({error}); delete the folder and make it again"
-                    ) from error
-                # The file is mapped into memory: to read a page beyond its end would kill the process without a word.
-                promised = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
-                if status.st_size < promised:
-                    raise DataError(
-                        f"{self.path}/data.mdb: expected {promised} bytes, got {status.st_size}: the file was cut off; "
-                        "copy it again, or delete the folder and make it again"
-                    )
+                self._environment = _environments[key] = open_environment(
+                    self.path, "copy it again, or delete the folder and make it again"
+                )
         return self._environment
 
     @contextlib.contextmanager

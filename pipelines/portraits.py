@@ -1,4 +1,4 @@
-"""`headfoundry portraits`: make GenHead's training portraits, or take in photographs from a folder."""
+"""`headfoundry portraits`: make GenHead's training portraits, or take in photographs from a folder or a published record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from genhead.photographs import Photograph, check_folder, fingerprint, read_photograph
-from genhead.portraits import VERSION, ImageFormat, PortraitSet, create_record, decode_portrait, encode_portrait
+from genhead.photographs import check_folder, fingerprint, read_photograph
+from genhead.portraits import VERSION, ImageFormat, Portrait, PortraitSet, create_record, decode_portrait, encode_portrait
+from genhead.published_records import PublishedRecord
 from genhead.studio import STUDIO_VERSION, Studio, StudioConfig
 from head3d.head_model import BUILT_IN
 from head3d.pictures import grid, save_png
@@ -33,13 +34,19 @@ class PortraitsRun:
     resolution: PositiveInt = 512  # pixels; larger photographs are reduced to it, smaller ones refused
     workers: NonNegativeInt = 2  # processes that draw; 0 draws in this process. The result is the same
     from_folder: Path | None = None  # NAME.png|jpg with NAME.npy (437 numbers) and perhaps NAME_matte.png; None = the studio
+    from_lmdb: Path | None = None  # folder of a published portraits record (data.mdb, protobuf entries); None = the studio
     image_format: ImageFormat = "jpeg"  # how pictures are stored: jpeg = quality 95, full colour resolution; png = exact
     studio: StudioConfig = dataclasses.field(default_factory=StudioConfig)
+
+    def __post_init__(self) -> None:
+        if self.from_folder is not None and self.from_lmdb is not None:
+            raise ValueError("from_folder and from_lmdb are both given; give one")
 
 
 def main(config: PortraitsRun) -> None:
     """Write the record, or do nothing if it is there from the same settings. Raises DataError if it is there from others."""
     photographs = None if config.from_folder is None else check_folder(config.from_folder, config.resolution)
+    record = None if config.from_lmdb is None else PublishedRecord(config.from_lmdb)
     settings = what_decides(config)
     digest = config_hash(settings)
     if (config.out / "data.mdb").exists():
@@ -53,31 +60,38 @@ def main(config: PortraitsRun) -> None:
         print(f"{config.out} has {present['count']} portraits made with these settings; nothing to do")
         return
     metadata = {"config_hash": digest, "settings": settings}
-    if photographs is None:
-        _write_studio(config, metadata)
+    if photographs is not None:
+        _write_photographs(
+            config, len(photographs), (read_photograph(photograph, config.resolution) for photograph in photographs), metadata
+        )
+    elif record is not None:
+        _write_photographs(config, len(record), (record.portrait(index, config.resolution) for index in range(len(record))), metadata)
     else:
-        _write_photographs(config, photographs, metadata)
+        _write_studio(config, metadata)
 
 
 def what_decides(config: PortraitsRun) -> dict:
     """The settings that the pictures depend on; for photographs, the state of their folder too."""
     settings = to_dict(config)
-    if config.from_folder is None:
-        names, more = ("seed", "count", "resolution", "image_format", "studio"), {"studio_version": STUDIO_VERSION}
-    else:
+    if config.from_folder is not None:
         names, more = ("resolution", "from_folder", "image_format"), {"files": fingerprint(config.from_folder)}
+    elif config.from_lmdb is not None:
+        names, more = ("resolution", "from_lmdb", "image_format"), {"files": fingerprint(config.from_lmdb)}
+    else:
+        names, more = ("seed", "count", "resolution", "image_format", "studio"), {"studio_version": STUDIO_VERSION}
     return {name: settings[name] for name in names} | more | {"record_version": VERSION}
 
 
-def _write_photographs(config: PortraitsRun, photographs: list[Photograph], metadata: dict) -> None:
+def _write_photographs(config: PortraitsRun, count: int, portraits: Iterator[tuple[Portrait, bool]], metadata: dict) -> None:
+    """Write `count` portraits, each with whether it has a matte, as they come."""
     metadata |= {"provenance": "photographs", "synthetic": False}
-    with create_record(config.out, config.resolution, len(photographs), metadata) as writer:
+    with create_record(config.out, config.resolution, count, metadata) as writer, progress(count, "photographs", "image") as bar:
         save_yaml(config, writer.folder / "config.yaml")
-        for photograph in progress(photographs, "photographs", "image"):
-            portrait, has_matte = read_photograph(photograph, config.resolution)
+        for portrait, has_matte in portraits:
             writer.add(encode_portrait(portrait, config.image_format, has_matte))
+            bar.update()
     note = f"; {writer.without_matte} have no matte and count as all foreground" if writer.without_matte else ""
-    print(f"{config.out}: {len(photographs)} photographs{note}")
+    print(f"{config.out}: {count} photographs{note}")
 
 
 def _write_studio(config: PortraitsRun, metadata: dict) -> None:
