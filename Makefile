@@ -45,7 +45,7 @@ genhead: ## train the 3D head generator
 datagen: ## produce labelled multi-view shards
 verify: ## check a folder of shards: make verify ARGS=DIR
 reconstructor: ## train the one-shot reconstructor
-evaluate: ## measure a reconstructor on held-out identities
+evaluate: ## measure a reconstructor on held-out identities, or a generator
 drive: ## animate one picture with a sequence of motions
 report: ## gather a run into one page: make report ARGS=DIR
 import-published: ## a published checkpoint as an export: make import-published ARGS="FILE --out DIR --head_model FLAME"

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from genhead.evaluate import GeneratorMeasures, evaluate_generator
 from genhead.game import Game, GameConfig
 from genhead.generator import EXPORT_KIND, GenHeadConfig, GenHeadExport
 from genhead.losses import RegularizerConfig
+from genhead.pool import PortraitPool, PortraitSampling
 from genhead.portraits import PortraitSet
 from genhead.samples import sample_pictures
 from head3d.head_model import load_head_model
@@ -46,6 +48,8 @@ FREE_TO_CHANGE = (
     "total_images",
     "log_every",
     "pictures_every",
+    "evaluate_every",
+    "measures",
     "checkpoint_every",
     "keep",
     "threads",
@@ -75,9 +79,12 @@ class GenHeadRun:
     total_images: PositiveInt = 25_000_000  # real pictures shown to the discriminator before the run ends
     log_every: PositiveInt = 4_000  # images between lines of metrics
     pictures_every: PositiveInt = 200_000  # images between picture grids
+    evaluate_every: NonNegativeInt = 0  # images between measurements of the average (the first process alone); 0 turns them off
     checkpoint_every: PositiveInt = 200_000  # images between checkpoints
     keep: PositiveInt = 3  # newest checkpoints kept
     threads: NonNegativeInt = 0  # CPU threads of torch; 0 leaves its default
+    measures: GeneratorMeasures = GeneratorMeasures()  # how much each measurement takes
+    sampling: PortraitSampling = PortraitSampling()  # how often which portrait is shown, mirror images
     game: GameConfig = GameConfig()  # batch, optimisers, schedules
     model: GenHeadConfig = GenHeadConfig()  # the generator
     discriminator: DiscriminatorConfig = DiscriminatorConfig()  # the discriminator
@@ -100,6 +107,7 @@ def train(config: GenHeadRun) -> int:
 
 def _train(config: GenHeadRun, process: distributed.Process) -> int:
     game, portraits = build(config, process)
+    pool = PortraitPool(portraits, config.sampling, game.generator.head_model)
     around = circumstances(portraits)
     saved = latest_checkpoint(config.out)
     images_seen = restore(config, game, saved, around) if saved else begin(config, game)
@@ -109,14 +117,15 @@ def _train(config: GenHeadRun, process: distributed.Process) -> int:
         return 0
     if process.is_main:
         save_yaml(config, config.out / "config.yaml")
-    labels = torch.from_numpy(portraits.labels())
+        if pool.mirror_error:
+            print(f"{config.out}: {pool.mirror_error}")
     size = config.game.batch
     log = RunLog(config.out, images_seen, enabled=process.is_main)
     bar = progress(config.total_images, "genhead", unit="img", initial=images_seen, enabled=process.is_main)
     with distributed.StopSignal() as stop, log, bar:
         while images_seen < config.total_images:
-            chosen = torch.randint(len(labels), (size,), generator=torch_generator(config.seed, "portraits", images_seen))
-            scalars = game.step(labels, portraits.batch(chosen[game.parts.flatten()]), images_seen, images_seen // size)
+            chosen = torch.randint(len(pool), (size,), generator=torch_generator(config.seed, "portraits", images_seen))
+            scalars = game.step(pool.labels, pool.batch(chosen[game.parts.flatten()]), images_seen, images_seen // size)
             images_seen += size
             bar.update(size)
             scalars = distributed.mean_scalars(scalars, process.device)  # the one time that the step waits for the device
@@ -127,8 +136,13 @@ def _train(config: GenHeadRun, process: distributed.Process) -> int:
             stopping = distributed.any_process(stop.requested, process.device)
             finished = images_seen >= config.total_images
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
-                for name, picture in sample_pictures(game.averaged, labels, config.seed).items():
+                for name, picture in sample_pictures(game.averaged, pool.labels, config.seed).items():
                     log.image(images_seen, name, picture)
+            if process.is_main and config.evaluate_every and (finished or crossed(images_seen, size, config.evaluate_every)):
+                kept = config.out / "evaluation"  # the portraits' statistics
+                measured = evaluate_generator(game.averaged, portraits, config.measures, config.seed, cache=kept, show_progress=False)
+                log.scalars(images_seen, measured.scalars())
+                log.image(images_seen, "evaluation", measured.sheet)
             if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
                 save(config, game, images_seen, around)
             if stopping:

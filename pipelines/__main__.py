@@ -31,7 +31,7 @@ COMMANDS = {
     "datagen": Command("pipelines.datagen", "produce labelled multi-view shards with a trained generator"),
     "verify": Command("pipelines.verify", "check a folder of shards and re-render samples from their recipes"),
     "reconstructor": Command("pipelines.reconstructor", "train the one-shot reconstructor on shards"),
-    "evaluate": Command("pipelines.evaluate", "measure a reconstructor on held-out identities"),
+    "evaluate": Command("pipelines.evaluate", "measure a reconstructor on held-out identities, or a generator"),
     "drive": Command("pipelines.drive", "animate one picture with a sequence of motions"),
     "report": Command("pipelines.report", "gather a run's pictures, curves and numbers into one page"),
     "import-published": Command("pipelines.import_published", "turn a published GenHead checkpoint into an export, running nothing in it"),

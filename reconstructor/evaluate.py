@@ -11,9 +11,7 @@ identities with a bootstrap interval over identities (95 %).
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -36,7 +34,7 @@ from head3d.pictures import grid, save_png, to_uint8
 from head3d.run.checkpoint import exported_hash
 from head3d.run.config import NonNegativeInt, PositiveInt, save_yaml, to_dict
 from head3d.run.errors import DataError
-from head3d.run.files import write_atomic
+from head3d.run.files import write_atomic, write_csv
 from head3d.run.runlog import progress
 from head3d.run.seeding import numpy_generator, torch_generator
 from reconstructor.batches import as_picture
@@ -356,11 +354,5 @@ def write_results(config: EvaluateRun, result: dict, records: list[dict], sheets
     for task, pictures in sheets.items():
         about = {"command": "evaluate", "task": task, "columns": "source, driver, ours, truth, source copied"}
         save_png(config.out / f"sheet_{task}.png", grid(np.stack(pictures), columns=5), about)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {key: "" if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()} for record in records
-    )
-    write_atomic(config.out / "samples.csv", text.getvalue())
+    write_csv(config.out / "samples.csv", records)
     write_atomic(config.out / "evaluation.json", json.dumps(result, indent=1) + "\n")

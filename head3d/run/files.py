@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -66,6 +69,17 @@ def write_atomic(path: Path | str, content: bytes | str | Callable[[BinaryIO], o
             content(file)
         else:
             file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_csv(path: Path | str, records: Sequence[Mapping[str, object]]) -> None:
+    """Write records of equal keys as a table with a header; NaN becomes an empty cell. Errors as `atomic_path`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: "" if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()} for record in records
+    )
+    write_atomic(path, text.getvalue())
 
 
 def remove_folder(path: Path) -> None:

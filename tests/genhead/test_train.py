@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from genhead.background import BackgroundConfig
+from genhead.evaluate import GeneratorMeasures
 from genhead.game import GameConfig
 from genhead.generator import GenHeadConfig, load_genhead
+from genhead.pool import PortraitSampling
 from genhead.portraits import Portrait, PortraitSet, create_record, encode_portrait, write_portraits
 from genhead.train import GenHeadRun, train
 from head3d.cameras import orbit
@@ -148,6 +150,17 @@ def test_metrics_name_every_loss(finished):
     }
     assert expected <= line.keys() and line["images_seen"] == 12
     assert any("discriminator/r1" in entry for entry in read_metrics(finished))
+
+
+def test_the_average_is_measured_on_the_way_and_training_does_not_feel_it(tmp_path, portraits, finished):
+    measures = GeneratorMeasures(pictures=2, identities=2, points=10, sheet_rows=1, resamples=5)
+    assert train(_run(tmp_path, portraits, evaluate_every=8, measures=measures)) == 0
+    measured = [line for line in read_metrics(tmp_path) if any(name.startswith("evaluation/") for name in line)]
+    assert [line["images_seen"] for line in measured] == [8, 12]
+    assert all(line["evaluation/frechet"] > 0 and line["evaluation/depth"] > 0 for line in measured)
+    assert len(list((tmp_path / "pictures").glob("*_evaluation.png"))) == 2
+    ours, theirs = _tensors(tmp_path), _tensors(finished)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 def test_other_settings_are_refused_on_resume(finished, portraits):
@@ -306,3 +319,12 @@ def test_the_paper_config_is_the_defaults_and_the_small_one_follows_its_rule(roo
     assert dataclasses.astuple(small.game.r1) == tuple(weight * size**2 / batch for weight in dataclasses.astuple(paper.game.r1))
     assert (small.game.ema_images, small.game.blur_sigma) == (10_000 * batch, 10 * size)
     assert load_yaml(PortraitsRun, root / "configs" / "portraits_small.yaml").resolution == small.model.image_resolution
+
+
+def test_mirrored_and_replicated_portraits_train_and_resume(tmp_path, portraits, capsys):
+    config = _run(tmp_path, portraits, total_images=4, sampling=PortraitSampling(mirror=True, yaw_bins_deg=(10.0,), copies=(1, 3)))
+    assert train(config) == 0
+    assert "differ from the mirrored meshes by" in capsys.readouterr().out
+    assert train(dataclasses.replace(config, total_images=8)) == 0
+    with pytest.raises(ConfigError, match="other settings of sampling"):
+        train(dataclasses.replace(config, total_images=12, sampling=PortraitSampling()))
