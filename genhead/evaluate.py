@@ -50,7 +50,7 @@ from head3d.rendering import HeadImages
 from head3d.run.checkpoint import exported_hash
 from head3d.run.config import NonNegativeInt, PositiveInt, config_hash, load_yaml, save_yaml, to_dict
 from head3d.run.errors import ConfigError, DataError
-from head3d.run.files import write_atomic, write_csv
+from head3d.run.files import read_results, write_atomic, write_csv
 from head3d.run.runlog import progress
 from head3d.run.seeding import numpy_generator, torch_generator
 
@@ -69,7 +69,7 @@ METRICS = {
 }
 PICTURES = ("first", "turned", "moved")  # of every person: a camera and motion, another camera, another motion
 SHEET_COLUMNS = "first, mesh's face over it, depth minus mesh's (violet near, yellow far), opacity, turned, turned warped to first, moved"
-DEPTH_SHOWN = 0.1  # scene units: end of the colour scale of depth differences
+DEPTH_SHOWN = 0.2  # scene units: end of the colour scale of depth differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,11 +312,9 @@ def evaluate(config: GeneratorEvaluation) -> int:
         "settings": {"seed": config.seed} | {key: value for key, value in to_dict(config.measures).items() if key != "batch"},
     }
     finished = config.out / "evaluation.json"
-    if finished.exists():
-        there = json.loads(finished.read_text(encoding="utf-8"))
-        if all(there.get(key) == value for key, value in record.items()):
-            print(f"{finished}: measured before, with the same settings\n{table(there['scores'])}")
-            return 0
+    if there := read_results(finished, record):
+        print(f"{finished}: measured before, with the same settings\n{table(there['scores'])}")
+        return 0
     genhead = load_genhead(config.generator, "cuda" if torch.cuda.is_available() else "cpu")
     made_for = load_yaml(GenHeadExport, config.generator / "config.yaml").head_model
     if portraits.metadata.get("head_model", made_for) != made_for:

@@ -34,7 +34,7 @@ from head3d.pictures import grid, save_png, to_uint8
 from head3d.run.checkpoint import exported_hash
 from head3d.run.config import NonNegativeInt, PositiveInt, save_yaml, to_dict
 from head3d.run.errors import DataError
-from head3d.run.files import write_atomic, write_csv
+from head3d.run.files import read_results, write_atomic, write_csv
 from head3d.run.runlog import progress
 from head3d.run.seeding import numpy_generator, torch_generator
 from reconstructor.batches import as_picture
@@ -140,11 +140,9 @@ def evaluate(config: EvaluateRun) -> int:
         },
     }
     finished = config.out / "evaluation.json"
-    if finished.exists():
-        there = json.loads(finished.read_text(encoding="utf-8"))
-        if all(there.get(key) == value for key, value in record.items()):
-            print(f"{finished}: measured before, with the same settings\n{table(there['tasks'])}")
-            return 0
+    if there := read_results(finished, record):
+        print(f"{finished}: measured before, with the same settings\n{table(there['tasks'])}")
+        return 0
     records, sheets = measure_all(config, plan)
     tasks = summarise(records, config)
     rows = [

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from head3d.run.errors import DataError
 
@@ -80,6 +81,14 @@ def write_csv(path: Path | str, records: Sequence[Mapping[str, object]]) -> None
         {key: "" if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()} for record in records
     )
     write_atomic(path, text.getvalue())
+
+
+def read_results(path: Path, made_from: Mapping[str, object]) -> dict[str, Any] | None:
+    """The JSON object in `path` if it says that it was made from just that (its entries equal those of `made_from`); otherwise None."""
+    if not path.exists():
+        return None
+    there = json.loads(path.read_text(encoding="utf-8"))
+    return there if all(there.get(key) == value for key, value in made_from.items()) else None
 
 
 def remove_folder(path: Path) -> None:

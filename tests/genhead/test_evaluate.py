@@ -22,6 +22,7 @@ from head3d.rendering import RaySampling
 from head3d.run.checkpoint import export_model
 from head3d.run.errors import ConfigError, DataError
 from pipelines.__main__ import main
+from pipelines.evaluate import OF_GENERATOR, OF_RECONSTRUCTOR, EvaluateRun
 
 MODEL = GenHeadConfig(
     z_dim=8,
@@ -163,6 +164,11 @@ def test_the_command_writes_json_csv_and_a_sheet_and_does_not_measure_twice(expo
 def test_settings_of_the_other_network_are_refused(arguments, says, capsys):
     assert main(["evaluate", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_every_setting_belongs_to_one_network_or_to_both():
+    every = [field.name for field in dataclasses.fields(EvaluateRun)]
+    assert sorted(every) == sorted(["what", "out", "generator", "seed", *OF_GENERATOR, *OF_RECONSTRUCTOR])
 
 
 def test_portraits_that_do_not_fit_the_generator_are_refused(export, genhead, portraits, tmp_path):

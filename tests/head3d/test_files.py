@@ -13,7 +13,16 @@ import pytest
 
 from head3d.run import files
 from head3d.run.errors import DataError
-from head3d.run.files import atomic_folder, atomic_path, remove_folder, sha256_of_file, sweep_temporary, write_atomic
+from head3d.run.files import (
+    atomic_folder,
+    atomic_path,
+    read_results,
+    remove_folder,
+    sha256_of_file,
+    sweep_temporary,
+    write_atomic,
+    write_csv,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -109,3 +118,17 @@ def test_a_removed_folder_is_gone(tmp_path):
 def test_the_hash_of_a_file_is_sha_256(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")  # the first test vector of FIPS 180
     assert sha256_of_file(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_records_become_a_table_with_empty_cells_for_nan(tmp_path):
+    write_csv(tmp_path / "t.csv", [{"who": "a, b", "x": 0.5}, {"who": 2, "x": float("nan")}])
+    assert (tmp_path / "t.csv").read_text() == 'who,x\n"a, b",0.5\n2,\n'
+
+
+def test_results_are_read_only_if_they_were_made_from_the_same(tmp_path):
+    path = tmp_path / "results.json"
+    assert read_results(path, {"seed": 1}) is None
+    path.write_text('{"seed": 1, "model": "ab", "score": 3.5}')
+    assert read_results(path, {"seed": 1, "model": "ab"}) == {"seed": 1, "model": "ab", "score": 3.5}
+    assert read_results(path, {"seed": 2, "model": "ab"}) is None
+    assert read_results(path, {"seed": 1, "other": None, "score": 3}) is None
