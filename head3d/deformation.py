@@ -22,6 +22,7 @@ from head3d.head_model import HeadModel
 from head3d.labels import Motion
 from head3d.nearest import VertexIndex
 from head3d.neck_field import NeckField, build_neck_field
+from head3d.published_skinning import published_vertices
 from head3d.run.config import PositiveFloat, PositiveInt
 
 Part = Literal["head", "eyes", "mouth"]
@@ -104,8 +105,9 @@ class Deformation:
         neck_field = None
         if turned:
             simplified = head.simplified
+            source, goal = (published_vertices(head, shape, m) for m in (motion, rest)) if config.published else (posed, unturned)
             neck_field = build_neck_field(
-                simplified.apply(posed), simplified.apply(unturned), simplified.faces, box_side=config.box_side,
+                simplified.apply(source), simplified.apply(goal), simplified.faces, box_side=config.box_side,
                 fine_cells=config.fine_cells, coarse_cells=config.coarse_cells, published=config.published,
             )  # fmt: skip
         regions = head.regions

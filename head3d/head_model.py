@@ -60,6 +60,8 @@ class HeadModel(nn.Module):
     faces: Tensor  # [F, 3] int64
     ring: Tensor  # [N, K] int64: the vertex itself, its edge neighbours, padded with N
     weights: Tensor  # [N, 5] skinning
+    file_template: Tensor  # [N, 3] as the file has it: metres, origin not at the neck
+    joint_regressor: Tensor  # [5, N] joints from resting vertices
     canonical_vertices: Tensor  # [N, 3] zero parameters but the jaw
     mouth_cap: Tensor  # [c, 3] faces (vertex ids) that close the inner rim of the lips
     content_hash: str  # hex digest of the arrays that the model was made from
@@ -82,6 +84,8 @@ class HeadModel(nn.Module):
         buffer("faces", arrays["f"], torch.int64)
         buffer("weights", arrays["weights"])
         buffer("template", template)
+        buffer("file_template", arrays["v_template"])
+        buffer("joint_regressor", arrays["J_regressor"])
         buffer("basis", np.concatenate([coefficient_basis, pose_basis]).reshape(-1, count * 3))
         buffer("joint_template", regressor @ template)
         joint_basis = np.matmul(regressor.astype(np.float32), coefficient_basis.astype(np.float32))

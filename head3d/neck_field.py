@@ -6,6 +6,7 @@ evaluated at the cell centres of a fine grid, exact near the surface, and of a c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,8 +62,10 @@ def build_neck_field(
     """Sample posed -> unturned on both grids.
 
     published=True keeps two quirks: triangles below `PUBLISHED_MIN_AREA` are measured to their edges, and a point is carried by the
-    triangle's plane with unclamped barycentric weights. The default carries it by the triangle's closest point and the rotation
-    of its frame, which is the same for a rigid motion and does not extrapolate a sliver's shear.
+    triangle's plane with unclamped barycentric weights. Faces that share the nearest edge or corner then tie and each carries the point
+    elsewhere, so the result is reproduced only from meshes with the published last bits (published_skinning.py). The default carries it
+    by the triangle's closest point and the rotation of its frame, which is the same for a rigid motion and does not extrapolate a
+    sliver's shear.
     """
     fine, coarse = [], []
     for target, reference in zip(posed.float(), unturned.float(), strict=True):
@@ -78,7 +81,8 @@ def build_neck_field(
 
 def cell_centres(cells: int, box_side: float, like: Tensor) -> Tensor:
     """[cells^3, 3] x, y, z of the centres, x fastest."""
-    axis = ((torch.arange(cells, device=like.device, dtype=like.dtype) + 0.5) / cells - 0.5) * box_side
+    # The order of these operations decides the last bit, and with it the ties of the published stage.
+    axis = (torch.arange(cells, device=like.device, dtype=like.dtype) * (1 / cells) + 0.5 / cells - 0.5) * box_side
     z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
     return torch.stack([x, y, z], dim=-1).flatten(0, 2)
 
@@ -146,8 +150,9 @@ def _pairs(points: Tensor, triangles: Tensor, min_area: float) -> tuple[Tensor, 
     """Squared distance [P], projection weights [P, 3] and closest-point weights [P, 3] of points [P, 3] and triangles [P, 3, 3].
 
     Ericson, Real-Time Collision Detection, sections 3.4 and 5.1. Distances to edges follow pytorch3d's arithmetic step by step, because
-    faces that share an edge or a corner tie there and the last bit decides.
+    faces that share an edge or a corner tie there and the last bit decides; with a `min_area` their dot products also round as published.
     """
+    dot = _fused_dot if min_area > 0 else _dot
     a, b, c = triangles.unbind(1)
     e0, e1, w = b - a, c - a, points - a
     d00, d01, d11, w0, w1 = _dot(e0, e0), _dot(e0, e1), _dot(e1, e1), _dot(w, e0), _dot(w, e1)
@@ -156,7 +161,7 @@ def _pairs(points: Tensor, triangles: Tensor, min_area: float) -> tuple[Tensor, 
     inside = (v >= 0) & (u >= 0) & (v + u <= 1) & (gram > 1e-19) & (gram >= 4 * min_area**2)
     plane = _dot(w, torch.linalg.cross(e0, e1)).square() / gram
 
-    (to_ab, s_ab), (to_ac, s_ac), (to_bc, s_bc) = _to_segment(points, a, b), _to_segment(points, a, c), _to_segment(points, b, c)
+    (to_ab, s_ab), (to_ac, s_ac), (to_bc, s_bc) = (_to_segment(points, start, end, dot) for start, end in ((a, b), (a, c), (b, c)))
     distance = torch.where(inside, plane, torch.minimum(torch.minimum(to_ab, to_ac), to_bc))
     projection = torch.stack([1 - v - u, v, u], dim=-1)
     zero = torch.zeros_like(v)
@@ -166,18 +171,25 @@ def _pairs(points: Tensor, triangles: Tensor, min_area: float) -> tuple[Tensor, 
     return distance, projection, torch.where(inside[:, None], projection, closest)
 
 
-def _to_segment(points: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+def _to_segment(points: Tensor, start: Tensor, end: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Squared distance to a segment, and the closest point's place on it in [0, 1]; a segment shorter than 1e-4 is its end."""
     along = end - start
-    length_squared = _dot(along, along)
-    place = (_dot(along, points - start) / length_squared.clamp(min=1e-20)).clamp(0, 1)
+    length_squared = dot(along, along)
+    place = (dot(along, points - start) / length_squared.clamp(min=1e-20)).clamp(0, 1)
     place = torch.where(length_squared <= 1e-8, torch.ones_like(place), place)
     away = points - (start + place[..., None] * along)
-    return _dot(away, away), place
+    return dot(away, away), place
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
+
+
+def _fused_dot(a: Tensor, b: Tensor) -> Tensor:
+    """fma(a_z, b_z, fma(a_x, b_x, a_y b_y)): a compiler's contraction of the sum, as the published networks' recorded points show it."""
+    x, y, z = ((a[..., i].double(), b[..., i].double()) for i in range(3))  # a product of two float32 is exact in float64
+    first = (x[0] * x[1] + (y[0] * y[1]).float().double()).float()
+    return (z[0] * z[1] + first.double()).float()
 
 
 def _frame(triangles: Tensor) -> Tensor:
