@@ -95,11 +95,14 @@ def make_plan(config: DatagenRun) -> Plan:
     """The plan that a run's settings stand for; reads the generator's record and settings, not its weights."""
     weights = exported_hash(config.generator)
     export = load_yaml(GenHeadExport, config.generator / "config.yaml")
+    recipe = config.recipe
+    if recipe.source == "sample-sets":
+        recipe = dataclasses.replace(recipe, sample_sets=recipe.sample_sets.pinned())
     return Plan(
         identities=config.identities,
         seed=config.seed,
         labels_share=config.labels_share,
-        recipe=config.recipe,
+        recipe=recipe,
         render=config.render,
         shards=config.shards,
         generator=GeneratorFacts(
@@ -109,7 +112,7 @@ def make_plan(config: DatagenRun) -> Plan:
             head_model=export.head_model,
             head_hash=load_head_model(export.head_model).content_hash,
         ),
-        scales=dataset_scales(config.recipe, export.model.sampling),
+        scales=dataset_scales(recipe, export.model.sampling),
         licence=config.licence,
         device=_device(config),
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from datagen.reading import read_manifest
-from datagen.recipes import RecipeConfig, frame_count
+from datagen.recipes import RecipeConfig, deciding_settings, frame_count
 from datagen.render import RenderConfig
 from datagen.shards import FAMILIES, SCHEMA, Family, Scales, ShardConfig, read_sidecar, shard_path
 from head3d.run.config import config_hash, from_dict, to_dict
@@ -80,7 +80,7 @@ class Plan:
         return {
             "schema": SCHEMA,
             "seed": self.seed,
-            "recipe": to_dict(self.recipe),
+            "recipe": deciding_settings(self.recipe),
             "render": to_dict(self.render),
             "shards": to_dict(self.shards),
             "generator": {"hash": self.generator.hash, "model": self.generator.settings},

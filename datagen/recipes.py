@@ -2,9 +2,9 @@
 
 Every aspect of an identity draws from its own stream, `numpy_generator(seed, "identity", identity, aspect)`, so neither the order,
 the number of workers nor a later setting of another aspect changes it. Distributions follow Portrait4D's synthesis
-(portrait4d, section 5). Where the published code draws rows of fitted labels there are two sources: a parametric distribution
-with the statistics of those labels, stated at each field; or the draws of the built-in studio, which are right for a generator
-trained on its portraits, because a generator shows best what it has seen.
+(portrait4d, section 5). Where the published code draws rows of fitted labels there are three sources: a parametric distribution
+with the statistics of those labels, stated at each field; the draws of the built-in studio, which are right for a generator
+trained on its portraits, because a generator shows best what it has seen; or the published sample sets themselves.
 
     dynamic  several motions, each from several cameras: reenactment pairs
     static   one motion from several cameras: reconstruction pairs; no jaw augmentation, as published
@@ -15,22 +15,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from datagen.sample_sets import SampleSetFiles, load_sample_sets
 from genhead.studio_people import draw_label
 from head3d.cameras import orbit
 from head3d.labels import EXPRESSION_SIZE, SHAPE_SIZE, HeadLabel, Motion
-from head3d.run.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from head3d.run.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, to_dict
 from head3d.run.seeding import numpy_generator
 
 STUDIO_TARGET_XY, STUDIO_RADIUS = 0.03, (3.74, 4.45)  # the limits inside `draw_label`, scene units
 
 Kind = Literal["static", "dynamic"]
 Split = Literal["train", "val", "test"]
+Source = Literal["parametric", "studio", "sample-sets"]
 
 
 def _check_range(name: str, values: tuple[float, float], lowest: float, highest: float = math.inf) -> None:
@@ -95,9 +97,8 @@ class RecipeConfig:
     dynamic_motions: PositiveInt = 4  # motions of a dynamic identity
     dynamic_views: PositiveInt = 5  # cameras of each of its motions
     static_views: PositiveInt = 5  # cameras of a static identity's one motion
-    source: Literal["parametric", "studio"] = (
-        "parametric"  # of shapes, motions and portrait cameras; studio: as the built-in portraits were drawn
-    )
+    source: Source = "parametric"  # of shapes, motions, portrait cameras; studio: as the built-in portraits; sample-sets: rows of files
+    sample_sets: SampleSetFiles = SampleSetFiles()  # the files, if source is sample-sets
     truncation_psi: NonNegativeFloat = 0.95  # of the generator's mapping; the background is never truncated
     shape_std: NonNegativeFloat = 0.92  # parametric: each shape component normal, cut at three deviations
     look_at_probability: Fraction = 0.5  # a camera is a look-at camera with this probability, else like a fitted portrait's
@@ -114,6 +115,8 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         if self.val_share + self.test_share > 1:
             raise ValueError(f"val_share + test_share: expected at most 1, got {self.val_share + self.test_share:g}")
+        if self.source == "sample-sets" and len(self.sample_sets.paths()) < 4:
+            raise ValueError("source sample-sets: expected all four files under sample_sets, got fewer")
 
 
 class MotionRecipe(NamedTuple):
@@ -175,11 +178,12 @@ def draw_identity(config: RecipeConfig, seed: int, identity: int) -> IdentityRec
     """Everything there is to know about identity number `identity` of the data set with this seed."""
     kind = kind_of(config, identity)
     rng = numpy_generator(seed, "identity", identity, "shape")
-    shape = _studio_label(rng).shape if config.source == "studio" else _row(config.shape_std * _cut_normal(rng, SHAPE_SIZE))
+    shape = _draw_shape(config, rng)
     views = config.dynamic_views if kind == "dynamic" else config.static_views
     motions = []
     for index in range(frame_count(config, identity)):
-        motion, jaw_opened = _draw_motion(config, numpy_generator(seed, "identity", identity, "motion", index), kind)
+        clip_rng = numpy_generator(seed, "identity", identity, "clip")  # the same for all motions
+        motion, jaw_opened = _draw_motion(config, numpy_generator(seed, "identity", identity, "motion", index), kind, clip_rng, index)
         cameras, look_at = _draw_cameras(config, numpy_generator(seed, "identity", identity, "cameras", index), views)
         motions.append(MotionRecipe(motion, cameras, {"jaw_opened": jaw_opened, "look_at": look_at}))
     return IdentityRecipe(
@@ -199,10 +203,21 @@ def camera_distances(config: RecipeConfig) -> tuple[float, float]:
     look_at, portrait = config.look_at, config.portrait
     reach = math.hypot(look_at.target_xy, look_at.target_xy, max(abs(z) for z in look_at.target_z))
     near, far = look_at.radius[0] - reach, look_at.radius[1] + reach
+    if config.source == "sample-sets":
+        fitted = load_sample_sets(config.sample_sets).camera_distances
+        return min(near, fitted[0]), max(far, fitted[1])
     if config.source == "studio":
         portrait = PortraitCameras(target_xy=STUDIO_TARGET_XY, radius=STUDIO_RADIUS)
     reach = math.hypot(portrait.target_xy, portrait.target_xy)
     return min(near, portrait.radius[0] - reach), max(far, portrait.radius[1] + reach)
+
+
+def deciding_settings(config: RecipeConfig) -> dict[str, Any]:
+    """The settings that what is drawn depends on: files are left out where no file is read."""
+    settings = to_dict(config)
+    if config.source != "sample-sets":
+        del settings["sample_sets"]
+    return settings
 
 
 def _count(config: RecipeConfig, identities: int) -> int:
@@ -215,9 +230,31 @@ def _studio_label(rng: np.random.Generator) -> HeadLabel:
     return draw_label(rng, wide_fraction=0.2, motion_scale=1.0)
 
 
-def _draw_motion(config: RecipeConfig, rng: np.random.Generator, kind: Kind) -> tuple[Motion, bool]:
-    """A motion [1, ...] and whether its jaw was opened."""
-    motion = _studio_label(rng).motion if config.source == "studio" else _parametric_motion(config.motion, rng)
+def _draw_shape(config: RecipeConfig, rng: np.random.Generator) -> Tensor:
+    """Shape [1, 300]."""
+    match config.source:
+        case "parametric":
+            return _row(config.shape_std * _cut_normal(rng, SHAPE_SIZE))
+        case "studio":
+            return _studio_label(rng).shape
+        case "sample-sets":
+            return _row(load_sample_sets(config.sample_sets).shape(rng))
+
+
+def _draw_motion(
+    config: RecipeConfig, rng: np.random.Generator, kind: Kind, clip_rng: np.random.Generator, index: int
+) -> tuple[Motion, bool]:
+    """A motion [1, ...], number `index` of its identity, and whether its jaw was opened."""
+    match config.source:
+        case "parametric":
+            motion = _parametric_motion(config.motion, rng)
+        case "studio":
+            motion = _studio_label(rng).motion
+        case "sample-sets":
+            sets = load_sample_sets(config.sample_sets)
+            parts = sets.clip_frame(clip_rng, index, rng) if kind == "dynamic" else sets.photograph(rng)
+            expression, jaw_pose, eye_pose = map(_row, parts)
+            motion = Motion(expression, torch.zeros(1, 3), jaw_pose, eye_pose)
     opened, jaw = bool(rng.random() < config.motion.jaw_open_probability), rng.uniform(*config.motion.jaw_open_rad)
     if kind == "static" or not opened:
         return motion, False
@@ -245,7 +282,14 @@ def _draw_cameras(config: RecipeConfig, rng: np.random.Generator, views: int) ->
     for _ in range(views):
         is_look_at = bool(rng.random() < config.look_at_probability)
         around = _look_at_camera(config.look_at, rng)
-        portrait = _studio_label(rng).camera.label() if config.source == "studio" else _portrait_camera(config.portrait, rng)
+        match config.source:
+            case "parametric":
+                portrait = _portrait_camera(config.portrait, rng)
+            case "studio":
+                portrait = _studio_label(rng).camera.label()
+            case "sample-sets":
+                portrait = _row(load_sample_sets(config.sample_sets).camera(rng))
+                around[:, 16:] = portrait[:, 16:]  # a look-at camera has the intrinsics of the label that it replaces
         labels.append(around if is_look_at else portrait)
         chosen.append(is_look_at)
     return torch.cat(labels), chosen
