@@ -328,3 +328,18 @@ def test_mirrored_and_replicated_portraits_train_and_resume(tmp_path, portraits,
     assert train(dataclasses.replace(config, total_images=8)) == 0
     with pytest.raises(ConfigError, match="other settings of sampling"):
         train(dataclasses.replace(config, total_images=12, sampling=PortraitSampling()))
+
+
+def test_a_step_with_half_precision_blocks_has_the_losses_of_single_precision(tmp_path, portraits, monkeypatch):
+    """The float16 code runs on a CPU too once it does not ask for the device; both penalties are in the first step."""
+    for kind in ("single", "half"):
+        if kind == "half":
+            for module in ("stylegan2", "discriminator"):
+                asked = lambda half_precision, device: torch.float16 if half_precision else torch.float32  # noqa: E731
+                monkeypatch.setattr(f"head3d.networks.{module}.feature_type", asked)
+        assert train(_run(tmp_path / kind, portraits, total_images=4)) == 0
+    single, half = (read_metrics(tmp_path / kind)[-1] for kind in ("single", "half"))
+    assert single.keys() == half.keys() and {"discriminator/r1", "generator/smoothness"} <= half.keys()
+    assert single != half
+    for name, value in single.items():
+        assert half[name] == pytest.approx(value, rel=2e-2, abs=2e-2), name
