@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import math
 import pickle
+import pickletools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -176,6 +177,14 @@ class _RestrictedUnpickler(pickle.Unpickler):
         raise AssetError(f"{self._path}: refused to load: the pickle refers to an external object {pid!r}; {self._remedy}")
 
 
+def _check_memo(file: BinaryIO) -> None:
+    """Raise UnpicklingError if the pickle remembers an object under a number beyond its operations: five bytes could ask for 64 GB."""
+    for count, (operation, argument, position) in enumerate(pickletools.genops(file)):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            raise pickle.UnpicklingError(f"memo {argument} at byte {position}, after {count} operations")
+    file.seek(0)
+
+
 def read_pickle(path: Path, names: Names, needs: str, remedy: str) -> Any:
     """Unpickle with `names` only. Raises AssetError that names the refused global, or the damage.
 
@@ -183,6 +192,7 @@ def read_pickle(path: Path, names: Names, needs: str, remedy: str) -> Any:
     """
     try:
         with path.open("rb") as file:
+            _check_memo(file)
             return _RestrictedUnpickler(file, path, names, needs, remedy).load()
     except OSError as error:
         raise AssetError(f"{path}: could not be read: {error.strerror}; {remedy}") from error

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -333,6 +334,17 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, offset, s
     content["G_ema"] = Hostile(torch._utils._rebuild_tensor_v2, call, offset, size, stride, False, collections.OrderedDict())
     with pytest.raises(AssetError, match=r"bent\.pkl: not a readable pickle .*a tensor"):
         read_published(write_pickle(tmp_path / "bent.pkl", content))
+
+
+def test_a_damaged_storage_is_an_error_that_names_the_file(tmp_path):
+    buffer = io.BytesIO()
+    torch.save(torch.arange(4.0)._typed_storage(), buffer, _use_new_zipfile_serialization=False)
+    stream = buffer.getvalue()
+    key = max(re.findall(rb"\d{9,}", stream), key=stream.rindex)  # under which the data lies, stated twice
+    unknown = stream[: stream.rindex(key)] + b"0" * len(key) + stream[stream.rindex(key) + len(key) :]
+    for spoilt in (b"", stream[:-3], stream[:100], unknown):
+        with pytest.raises(AssetError, match=r"bent\.pkl: not readable tensors of torch"):
+            read_published(write_pickle(tmp_path / "bent.pkl", storage_stream(spoilt)))
 
 
 def test_allowed_names_cannot_be_bent(tmp_path, original):

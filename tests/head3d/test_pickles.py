@@ -63,3 +63,9 @@ def test_a_function_of_the_table_cannot_be_changed_through_a_state(tmp_path):
     text = b"\x80\x02c_codecs\nencode\nN}X\x0c\x00\x00\x00__defaults__)s\x86b."
     with pytest.raises(AssetError, match="a state for the function encode_latin1"):
         load(tmp_path / "a.pkl", text)
+
+
+def test_a_memo_number_that_would_fill_the_memory_is_refused(tmp_path):
+    with pytest.raises(AssetError, match=r"not a readable pickle .*memo 4294967295 at byte 3, after 2 operations"):
+        load(tmp_path / "a.pkl", b"\x80\x02]r\xff\xff\xff\xff.")
+    assert load(tmp_path / "a.pkl", b"\x80\x02]q\x02.") == []
