@@ -13,7 +13,7 @@ from pipelines.run_all import DemoRun, main, stages
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = {
     "portraits": {"count": 6, "resolution": 64, "workers": 0},
-    "genhead": {"total_images": 4, "log_every": 2, "pictures_every": 100, "checkpoint_every": 4, "game": {"batch": 2}},
+    "genhead": {"start_from": None, "total_images": 4, "log_every": 2, "pictures_every": 100, "checkpoint_every": 4, "game": {"batch": 2}},
     "datagen": {
         "identities": 8,
         "recipe": {"dynamic_motions": 2, "dynamic_views": 2, "static_views": 2, "val_share": 0.25, "test_share": 0.25},

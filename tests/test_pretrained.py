@@ -1,0 +1,45 @@
+"""The shipped small generator is what its card and the tiny configuration say."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from genhead.generator import load_genhead
+from genhead.train import GenHeadRun
+from head3d.cameras import frontal
+from head3d.labels import Motion
+from head3d.run.checkpoint import exported_images_seen
+from head3d.run.config import load_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "pretrained" / "genhead-tiny"
+
+
+def test_the_tiny_configuration_goes_on_from_it():
+    config = load_yaml(GenHeadRun, ROOT / "configs" / "genhead_tiny.yaml")
+    assert config.start_from == FOLDER.relative_to(ROOT)
+    assert load_genhead(FOLDER).config == config.model
+    assert config.total_images > exported_images_seen(FOLDER)
+
+
+def test_its_card_says_how_many_images_it_has_seen_and_it_stays_small():
+    assert f"{exported_images_seen(FOLDER):,} images" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 12e6
+    assert json.loads((FOLDER / "model.json").read_text(encoding="utf-8"))["half"] is True
+
+
+def test_it_draws_an_opaque_head_whose_mouth_darkens_when_the_jaw_opens():
+    genhead = load_genhead(FOLDER)
+    z = torch.randn(4, genhead.config.z_dim, generator=torch.Generator().manual_seed(0))
+    shape, camera = torch.zeros(4, 300), frontal(4)
+    pictures = []
+    for jaw in (0.0, 0.3):
+        motion = Motion.neutral(4)._replace(jaw_pose=torch.tensor([[jaw, 0.0, 0.0]]).repeat(4, 1))
+        with torch.no_grad():
+            pictures.append(genhead(z, shape, motion, camera, truncation_psi=0.7).images)
+    closed, opened = pictures
+    middle = slice(12, 20)
+    assert closed.opacity[:, :, middle, middle].min() > 0.9 and closed.opacity[:, :, :4, :4].mean() < 0.5
+    mouth = opened.mouth_mask > 0.5
+    assert mouth.any() and (opened.raw - closed.raw).abs().mean(1, keepdim=True)[mouth].mean() > 0.1
