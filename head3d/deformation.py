@@ -40,7 +40,6 @@ class DeformationConfig:
     fine_cells: PositiveInt = 24  # cells per side of the neck grid that counts near the surface
     coarse_cells: PositiveInt = 8  # cells per side of the smoothed neck grid that counts elsewhere
     eye_box_scale: PositiveFloat = 1.2  # side of an eye box, in extents of the eyeball
-    tree_workers: int = 1  # threads of a nearest-vertex query on the CPU; -1 uses every core
     published: bool = False  # reproduce the released code's neck stage, quirks included
 
 
@@ -163,4 +162,4 @@ class Deformation:
         return PartOffsets(self._index(targets, vertex_ids), vertex_ids, torch.cat([targets, padding], 1), offsets)
 
     def _index(self, targets: Tensor, vertex_ids: Tensor) -> VertexIndex:
-        return VertexIndex(targets[:, vertex_ids], self.config.tree_workers)
+        return VertexIndex(targets[:, vertex_ids])

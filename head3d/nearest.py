@@ -21,8 +21,8 @@ PAIRS_PER_CHUNK_CUDA = 1 << 25
 class VertexIndex:
     """Finds, for points of image b, the nearest of the vertices of image b. Built once per posed mesh, asked often."""
 
-    def __init__(self, vertices: Tensor, workers: int = 1):  # vertices [B, n, 3]; workers: threads of a CPU query, -1 = all
-        self._vertices, self._workers = vertices.float(), workers
+    def __init__(self, vertices: Tensor):  # [B, n, 3]
+        self._vertices = vertices.float()
         on_cpu = vertices.device.type == "cpu"
         self._trees = [cKDTree(mesh.numpy(), leafsize=LEAF_SIZE) for mesh in self._vertices.detach()] if on_cpu else None
 
@@ -30,18 +30,20 @@ class VertexIndex:
         """An index for the images `rows` (repetitions allowed) that shares the trees."""
         chosen = object.__new__(VertexIndex)
         chosen._vertices = self._vertices[list(rows)]
-        chosen._workers = self._workers
         chosen._trees = None if self._trees is None else [self._trees[row] for row in rows]
         return chosen
 
     @torch.no_grad()
     def query(self, points: Tensor) -> Tensor:
-        """Indices [B, M] int64 into the vertices of each image for points [B, M, 3]. Neighbouring points in order are faster."""
+        """Indices [B, M] int64 into the vertices of each image for points [B, M, 3]. Neighbouring points in order are faster.
+
+        On the CPU it runs on as many threads as torch does; the result does not depend on them.
+        """
         assert points.shape[0] == len(self._vertices), f"{points.shape[0]} images of points for {len(self._vertices)} meshes"
         points = points.detach().float()
         if self._trees is not None:
             found = [
-                torch.from_numpy(tree.query(image.numpy(), k=1, workers=self._workers)[1])
+                torch.from_numpy(tree.query(image.numpy(), k=1, workers=torch.get_num_threads())[1])
                 for tree, image in zip(self._trees, points, strict=True)
             ]
         else:
