@@ -21,11 +21,11 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from datagen.members import FAMILIES, ShardConfig
 from datagen.plan import GeneratorFacts, Plan, claim_folder, shard_is_done
 from datagen.reading import write_index
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig, SampleError, dataset_scales
-from datagen.shards import FAMILIES, ShardConfig
 from datagen.worker import ShardMaker, ShardReport
 from genhead.generator import GenHeadExport
 from head3d.head_model import load_head_model

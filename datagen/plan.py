@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from datagen.members import FAMILIES, Family, Scales, ShardConfig
 from datagen.reading import read_manifest
 from datagen.recipes import RecipeConfig, deciding_settings, frame_count
 from datagen.render import RenderConfig
-from datagen.shards import FAMILIES, SCHEMA, Family, Scales, ShardConfig, read_sidecar, shard_path
+from datagen.shards import SCHEMA, read_sidecar, shard_path
 from head3d.run.config import config_hash, from_dict, to_dict
 from head3d.run.errors import ConfigError, DataError
 from head3d.run.files import write_atomic

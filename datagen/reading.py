@@ -19,21 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datagen.shards import (
-    FAMILIES,
-    MEMBERS,
-    SCHEMA,
-    Family,
-    Member,
-    Scales,
-    check_schema,
-    decode,
-    dequantise,
-    json_bytes,
-    read_sidecar,
-    remedy,
-    shard_path,
-)
+from datagen.members import FAMILIES, MEMBERS, Family, Member, Scales, decode, dequantise, json_bytes
+from datagen.shards import SCHEMA, check_schema, read_sidecar, remedy, shard_path
 from head3d.run.errors import DataError
 from head3d.run.files import write_atomic
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datagen.members import Scales
 from datagen.recipes import IdentityRecipe, RecipeConfig, camera_distances
-from datagen.shards import Scales
 from genhead.generator import GenHead, GenHeadOutput
 from head3d.cameras import Camera
 from head3d.deformation import PosedHead

@@ -20,23 +20,12 @@ import numpy as np
 import torch
 import tyro
 
+from datagen.members import FAMILIES, Family, Member, decode, encode_sample, json_bytes, members_of
 from datagen.plan import Plan, versions
 from datagen.reading import read_manifest, read_sidecars
 from datagen.recipes import IdentityRecipe, draw_identity
 from datagen.render import IdentityRenderer, render_frame, reproducible
-from datagen.shards import (
-    FAMILIES,
-    SCHEMA,
-    Family,
-    Member,
-    decode,
-    encode_sample,
-    json_bytes,
-    members_of,
-    read_sidecar,
-    sample_key,
-    shard_path,
-)
+from datagen.shards import SCHEMA, read_sidecar, sample_key, shard_path
 from datagen.worker import load_planned_generator
 from head3d.cameras import Camera
 from head3d.image_metrics import PSNR_CEILING_DB, psnr

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from datagen.members import FAMILIES, Family, encode_sample
 from datagen.plan import Plan
 from datagen.recipes import draw_identity
 from datagen.render import SampleError, render_identity, reproducible
-from datagen.shards import FAMILIES, Family, encode_sample, sample_key, write_shard
+from datagen.shards import sample_key, write_shard
 from genhead.generator import GenHead, load_genhead
 from head3d.run.checkpoint import exported_hash
 from head3d.run.errors import AssetError

@@ -29,7 +29,7 @@ from head3d.run.seeding import numpy_generator
 
 
 class Frame(Protocol):
-    """What the order needs to know of a `datagen.shards.FrameEntry`."""
+    """What the order needs to know of a `datagen.reading.FrameEntry`."""
 
     key: str
     shard: int
@@ -41,7 +41,7 @@ class Frame(Protocol):
 
 
 class FrameSource(Protocol):
-    """What is read: a `datagen.shards.ShardDataset`."""
+    """What is read: a `datagen.reading.ShardDataset`."""
 
     frames: Sequence[Frame]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from datagen.generate import DatagenRun, generate
+from datagen.members import ShardConfig
 from datagen.recipes import MotionDraws, RecipeConfig
 from datagen.render import RenderConfig
-from datagen.shards import ShardConfig
 from genhead.background import BackgroundConfig
 from genhead.generator import EXPORT_KIND, GenHead, GenHeadConfig, GenHeadExport
 from head3d.head_model import load_head_model

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from datagen.members import MEMBERS, quantise
 from datagen.recipes import RecipeConfig, draw_identity
 from datagen.render import (
     IdentityRenderer,
@@ -17,7 +18,6 @@ from datagen.render import (
     render_identity,
     reproducible,
 )
-from datagen.shards import MEMBERS, quantise
 from genhead.generator import load_genhead
 from head3d.cameras import Camera, ray_bounds
 from head3d.labels import unpack_label

@@ -12,21 +12,9 @@ import pytest
 import webdataset
 
 import head3d.run.files
+from datagen.members import MEMBERS, Scales, ShardConfig, decode, dequantise, encode_sample, quantise
 from datagen.reading import asked_name, open_dataset, read_manifest, write_index
-from datagen.shards import (
-    MEMBERS,
-    SCHEMA,
-    Scales,
-    ShardConfig,
-    decode,
-    dequantise,
-    encode_sample,
-    quantise,
-    read_sidecar,
-    sample_key,
-    shard_path,
-    write_shard,
-)
+from datagen.shards import SCHEMA, read_sidecar, sample_key, shard_path, write_shard
 from head3d.run.errors import DataError
 
 SCALES = Scales(near=3.0, far=5.0, box_side=1.3)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datagen.shards import SCHEMA, Scales, ShardConfig, encode_sample, write_shard
+from datagen.members import Scales, ShardConfig, encode_sample
+from datagen.shards import SCHEMA, write_shard
 from head3d.run.errors import DataError
 from pipelines.report import ReportRun, main
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import pytest
 
 from datagen.generate import DatagenRun, generate
+from datagen.members import ShardConfig
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig
-from datagen.shards import ShardConfig
 from genhead.background import BackgroundConfig as GeneratorBackground
 from genhead.generator import EXPORT_KIND, GenHead, GenHeadConfig, GenHeadExport
 from head3d.head_model import load_head_model
