@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed
+
+from genhead.background import BackgroundConfig
+from genhead.generator import GenHeadConfig
+from head3d.networks.superresolution import SuperResolutionConfig
+from head3d.rendering import RaySampling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,3 +48,63 @@ def parity() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the published networks' reference numbers are not in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_genhead() -> Callable[[int], GenHeadConfig]:
+    """`tiny_genhead(side)`: a generator of a few thousand weights for pictures of `side` px, rendered at half of that.
+
+    Planes have 4 channels, rendered features 6, so that a mix-up of the two shows.
+    """
+
+    def build(side: int) -> GenHeadConfig:
+        rays, features, width = side // 2, 6, {"channel_base": 8 * side, "channel_max": 8}
+        return GenHeadConfig(
+            z_dim=8,
+            w_dim=8,
+            plane_resolution=rays,
+            plane_channels=4,
+            feature_channels=features,
+            decoder_hidden=8,
+            **width,
+            render_resolution=rays,
+            image_resolution=side,
+            mask_resolution=32,
+            sampling=RaySampling(depth_samples=4, importance_samples=3),
+            background=BackgroundConfig(resolution=rays, channels=features, z_dim=8, w_dim=8, mapping_layers=1, **width),
+            superresolution=SuperResolutionConfig(input_resolution=rays, feature_channels=features, channels=(8,), w_dim=8),
+        )
+
+    return build
+
+
+@pytest.fixture
+def two_processes() -> Callable[[Sequence[str]], list[str]]:
+    """`two_processes(arguments)`: run Python with `arguments` as the two processes of a group; what each printed, if both end well.
+
+    They meet as under torchrun, in a store that this process holds, so no port is chosen before it is taken.
+    """
+
+    def run(arguments: Sequence[str]) -> list[str]:
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = os.environ | {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "OMP_NUM_THREADS": "1",
+        }
+        processes = [
+            subprocess.Popen([sys.executable, *arguments], env=environment | {"RANK": rank}, cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for rank in "01"
+        ]  # fmt: skip
+        try:
+            outputs = [process.communicate(timeout=120) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()  # the other one waits for ever when one has failed
+        assert [process.returncode for process in processes] == [0, 0], [errors for _, errors in outputs]
+        return [printed for printed, _ in outputs]
+
+    return run

@@ -10,11 +10,8 @@ from datagen.generate import DatagenRun, generate
 from datagen.members import ShardConfig
 from datagen.recipes import MotionDraws, RecipeConfig
 from datagen.render import RenderConfig
-from genhead.background import BackgroundConfig
 from genhead.generator import EXPORT_KIND, GenHead, GenHeadConfig, GenHeadExport
 from head3d.head_model import load_head_model
-from head3d.networks.superresolution import SuperResolutionConfig
-from head3d.rendering import RaySampling
 from head3d.run.checkpoint import export_model
 
 
@@ -77,30 +74,12 @@ def tiny_head_arrays():
     }
 
 
-MODEL = GenHeadConfig(
-    z_dim=16,
-    w_dim=16,
-    plane_resolution=16,
-    plane_channels=8,
-    feature_channels=6,
-    decoder_hidden=8,
-    channel_base=256,
-    channel_max=16,
-    render_resolution=16,
-    image_resolution=32,
-    mask_resolution=64,
-    sampling=RaySampling(depth_samples=6, importance_samples=4),
-    background=BackgroundConfig(resolution=16, channels=6, z_dim=16, w_dim=16, mapping_layers=2, channel_base=256, channel_max=16),
-    superresolution=SuperResolutionConfig(input_resolution=16, feature_channels=6, channels=(8,), w_dim=16),
-)
-
-
-def export_generator(folder: Path, seed: int, head: Path) -> Path:
+def export_generator(folder: Path, seed: int, head: Path, model: GenHeadConfig) -> Path:
     torch.manual_seed(seed)
-    genhead = GenHead(MODEL, load_head_model(head))
+    genhead = GenHead(model, load_head_model(head))
     torch.nn.init.normal_(genhead.decoder.density.weight, std=20.0)  # a new decoder has no density anywhere
     return export_model(
-        folder, genhead.weights(), GenHeadExport(str(head), genhead.head_model.content_hash, MODEL), EXPORT_KIND, images_seen=0
+        folder, genhead.weights(), GenHeadExport(str(head), genhead.head_model.content_hash, model), EXPORT_KIND, images_seen=0
     )
 
 
@@ -112,15 +91,15 @@ def head_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def generator(tmp_path_factory, head_file):
+def generator(tmp_path_factory, head_file, tiny_genhead):
     """Folder of an exported generator."""
-    return export_generator(tmp_path_factory.mktemp("generator"), 0, head_file)
+    return export_generator(tmp_path_factory.mktemp("generator"), 0, head_file, tiny_genhead(32))
 
 
 @pytest.fixture(scope="session")
-def other_generator(tmp_path_factory, head_file):
+def other_generator(tmp_path_factory, head_file, tiny_genhead):
     """The same network with other weights."""
-    return export_generator(tmp_path_factory.mktemp("other_generator"), 1, head_file)
+    return export_generator(tmp_path_factory.mktemp("other_generator"), 1, head_file, tiny_genhead(32))
 
 
 @pytest.fixture(scope="session")

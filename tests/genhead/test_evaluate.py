@@ -9,37 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from genhead.background import BackgroundConfig
 from genhead.evaluate import METRICS, GeneratorEvaluation, GeneratorMeasures, evaluate, evaluate_generator
 from genhead.features import Features
-from genhead.generator import EXPORT_KIND, GenHead, GenHeadConfig, GenHeadExport
+from genhead.generator import EXPORT_KIND, GenHead, GenHeadExport
 from genhead.portraits import Portrait, PortraitSet, write_portraits
 from head3d.cameras import orbit
 from head3d.head_model import load_head_model
 from head3d.labels import Motion, pack_label
-from head3d.networks.superresolution import SuperResolutionConfig
-from head3d.rendering import RaySampling
 from head3d.run.checkpoint import export_model
 from head3d.run.errors import ConfigError, DataError
 from pipelines.__main__ import main
 from pipelines.evaluate import OF_GENERATOR, OF_RECONSTRUCTOR, EvaluateRun
 
-MODEL = GenHeadConfig(
-    z_dim=8,
-    w_dim=8,
-    plane_resolution=8,
-    plane_channels=4,
-    feature_channels=4,
-    decoder_hidden=8,
-    channel_base=64,
-    channel_max=8,
-    render_resolution=16,
-    image_resolution=32,
-    mask_resolution=32,
-    sampling=RaySampling(depth_samples=4, importance_samples=3),
-    background=BackgroundConfig(resolution=16, channels=4, z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8),
-    superresolution=SuperResolutionConfig(input_resolution=16, feature_channels=4, channels=(8,), w_dim=8),
-)
 MEASURES = GeneratorMeasures(pictures=4, identities=3, points=50, sheet_rows=2, resamples=20, batch=2)
 
 
@@ -60,9 +41,9 @@ def portraits(tmp_path_factory) -> PortraitSet:
 
 
 @pytest.fixture(scope="module")
-def genhead() -> GenHead:
+def genhead(tiny_genhead) -> GenHead:
     torch.manual_seed(0)
-    genhead = GenHead(MODEL, load_head_model(None)).eval()
+    genhead = GenHead(tiny_genhead(32), load_head_model(None)).eval()
     torch.nn.init.normal_(genhead.decoder.density.weight, std=20.0)  # a new decoder has no density anywhere
     torch.nn.init.constant_(genhead.decoder.density.bias, 20.0)  # and now there is some in every picture
     return genhead
@@ -70,7 +51,7 @@ def genhead() -> GenHead:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory, genhead):
-    settings = GenHeadExport("procedural", genhead.head_model.content_hash, MODEL)
+    settings = GenHeadExport("procedural", genhead.head_model.content_hash, genhead.config)
     return export_model(tmp_path_factory.mktemp("export"), genhead.weights(), settings, EXPORT_KIND, images_seen=0)
 
 

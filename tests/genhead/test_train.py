@@ -2,29 +2,24 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from genhead.background import BackgroundConfig
 from genhead.evaluate import GeneratorMeasures
 from genhead.game import GameConfig
-from genhead.generator import GenHeadConfig, load_genhead
+from genhead.generator import load_genhead
 from genhead.pool import PortraitSampling
 from genhead.portraits import Portrait, PortraitSet, create_record, encode_portrait, write_portraits
 from genhead.train import GenHeadRun, train
 from head3d.cameras import orbit
 from head3d.labels import Motion, pack_label
 from head3d.networks.discriminator import DiscriminatorConfig
-from head3d.networks.superresolution import SuperResolutionConfig
 from head3d.rendering import RaySampling
 from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.config import load_yaml, save_yaml
@@ -32,22 +27,6 @@ from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
 from pipelines.portraits import PortraitsRun
 
-MODEL = GenHeadConfig(
-    z_dim=8,
-    w_dim=8,
-    plane_resolution=8,
-    plane_channels=4,
-    feature_channels=4,
-    decoder_hidden=8,
-    channel_base=64,
-    channel_max=8,
-    render_resolution=8,
-    image_resolution=16,
-    mask_resolution=32,
-    sampling=RaySampling(depth_samples=4, importance_samples=3),
-    background=BackgroundConfig(resolution=8, channels=4, z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8),
-    superresolution=SuperResolutionConfig(input_resolution=8, feature_channels=4, channels=(8,), w_dim=8),
-)
 DISCRIMINATOR = DiscriminatorConfig(resolution=16, channel_base=64, channel_max=8, mapping_layers=1)
 
 
@@ -66,26 +45,32 @@ def portraits(tmp_path_factory) -> Path:
     return path
 
 
-def _run(out: Path, portraits: Path, **changes) -> GenHeadRun:
-    run = GenHeadRun(
-        out=out,
-        portraits=portraits,
-        total_images=12,
-        log_every=4,
-        pictures_every=1000,
-        checkpoint_every=4,
-        keep=9,
-        game=GameConfig(batch=4, r1_every=2, smoothness_every=2, blur_sigma=1.0, blur_images=8, swap_images=8, ema_images=8.0),
-        model=MODEL,
-        discriminator=DISCRIMINATOR,
-    )
-    return dataclasses.replace(run, **changes)
+@pytest.fixture(scope="module")
+def run_of(tiny_genhead) -> Callable[..., GenHeadRun]:
+    """Settings of a run of three steps: `run_of(out, portraits, **changes)`."""
+
+    def build(out: Path, portraits: Path, **changes) -> GenHeadRun:
+        run = GenHeadRun(
+            out=out,
+            portraits=portraits,
+            total_images=12,
+            log_every=4,
+            pictures_every=1000,
+            checkpoint_every=4,
+            keep=9,
+            game=GameConfig(batch=4, r1_every=2, smoothness_every=2, blur_sigma=1.0, blur_images=8, swap_images=8, ema_images=8.0),
+            model=tiny_genhead(16),
+            discriminator=DISCRIMINATOR,
+        )
+        return dataclasses.replace(run, **changes)
+
+    return build
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, portraits) -> Path:
+def finished(tmp_path_factory, portraits, run_of) -> Path:
     out = tmp_path_factory.mktemp("finished")
-    assert train(_run(out, portraits)) == 0
+    assert train(run_of(out, portraits)) == 0
     return out
 
 
@@ -95,10 +80,10 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return saved.tensors
 
 
-def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, portraits, finished):
-    train(_run(tmp_path, portraits, total_images=4))
-    train(_run(tmp_path, portraits, total_images=8))
-    train(_run(tmp_path, portraits))
+def test_resume_equals_uninterrupted_bit_for_bit(tmp_path, portraits, finished, run_of):
+    train(run_of(tmp_path, portraits, total_images=4))
+    train(run_of(tmp_path, portraits, total_images=8))
+    train(run_of(tmp_path, portraits))
     ours, theirs = _tensors(tmp_path), _tensors(finished)
     assert ours.keys() == theirs.keys() and len(ours) > 50
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -123,9 +108,9 @@ def test_lazy_terms_are_optimiser_steps_of_their_own(finished):
     assert counts["generator"] == {3, 5} and max(counts["discriminator"]) == 5
 
 
-def test_a_finished_run_is_not_repeated(finished, portraits, capsys):
+def test_a_finished_run_is_not_repeated(finished, portraits, capsys, run_of):
     before = (finished / "export" / "model.safetensors").stat().st_mtime_ns
-    assert train(_run(finished, portraits)) == 0
+    assert train(run_of(finished, portraits)) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert (finished / "export" / "model.safetensors").stat().st_mtime_ns == before
 
@@ -152,9 +137,9 @@ def test_metrics_name_every_loss(finished):
     assert any("discriminator/r1" in entry for entry in read_metrics(finished))
 
 
-def test_the_average_is_measured_on_the_way_and_training_does_not_feel_it(tmp_path, portraits, finished):
+def test_the_average_is_measured_on_the_way_and_training_does_not_feel_it(tmp_path, portraits, finished, run_of):
     measures = GeneratorMeasures(pictures=2, identities=2, points=10, sheet_rows=1, resamples=5)
-    assert train(_run(tmp_path, portraits, evaluate_every=8, measures=measures)) == 0
+    assert train(run_of(tmp_path, portraits, evaluate_every=8, measures=measures)) == 0
     measured = [line for line in read_metrics(tmp_path) if any(name.startswith("evaluation/") for name in line)]
     assert [line["images_seen"] for line in measured] == [8, 12]
     assert all(line["evaluation/frechet"] > 0 and line["evaluation/depth"] > 0 for line in measured)
@@ -163,37 +148,39 @@ def test_the_average_is_measured_on_the_way_and_training_does_not_feel_it(tmp_pa
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_other_settings_are_refused_on_resume(finished, portraits):
+def test_other_settings_are_refused_on_resume(finished, portraits, run_of):
     with pytest.raises(ConfigError, match="game"):
-        train(_run(finished, portraits, total_images=16, game=GameConfig(batch=2)))
+        train(run_of(finished, portraits, total_images=16, game=GameConfig(batch=2)))
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": dataclasses.replace(MODEL, image_resolution=32)}, "16 px"),
-        ({"discriminator": dataclasses.replace(DISCRIMINATOR, resolution=32)}, "discriminator.resolution"),
-        ({"game": GameConfig(batch=3, accumulation=2)}, "multiple"),
+        ({"model": {"image_resolution": 32}}, "16 px"),
+        ({"discriminator": {"resolution": 32}}, "discriminator.resolution"),
+        ({"game": {"batch": 3, "accumulation": 2}}, "multiple"),
     ],
 )
-def test_contradicting_settings_are_named_before_anything_is_written(tmp_path, portraits, changes, says):
+def test_contradicting_settings_are_named_before_anything_is_written(tmp_path, portraits, changes, says, run_of):
+    run = run_of(tmp_path / "run", portraits)
+    run = dataclasses.replace(run, **{name: dataclasses.replace(getattr(run, name), **values) for name, values in changes.items()})
     with pytest.raises(ConfigError, match=says):
-        train(_run(tmp_path / "run", portraits, **changes))
-    assert not (tmp_path / "run").exists()
+        train(run)
+    assert not run.out.exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
         ({"z_dim": 9}, "z_dim, background.z_dim must be equal, got 9, 8"),
-        ({"feature_channels": 5}, "feature_channels, background.channels, superresolution.feature_channels must be equal, got 5, 4, 4"),
+        ({"feature_channels": 5}, "feature_channels, background.channels, superresolution.feature_channels must be equal, got 5, 6, 6"),
         ({"sampling": RaySampling(box_side=1.5)}, "sampling.box_side, deformation.box_side must be equal, got 1.5, 1.3"),
         ({"published": True}, "published, deformation.published must be equal, got True, False"),
     ],
 )
-def test_widths_that_do_not_fit_each_other_are_named(changes, names):
+def test_widths_that_do_not_fit_each_other_are_named(changes, names, tiny_genhead):
     with pytest.raises(ValueError, match=names):
-        dataclasses.replace(MODEL, **changes)
+        dataclasses.replace(tiny_genhead(16), **changes)
 
 
 def test_an_export_of_other_widths_is_refused(tmp_path, finished):
@@ -206,22 +193,22 @@ def test_an_export_of_other_widths_is_refused(tmp_path, finished):
     assert json.loads((tmp_path / "model.json").read_text())["kind"] == "genhead"
 
 
-def test_another_record_of_portraits_is_refused_on_resume(finished, portraits, tmp_path):
+def test_another_record_of_portraits_is_refused_on_resume(finished, portraits, tmp_path, run_of):
     other = tmp_path / "other"
     pictures = PortraitSet(portraits)
     write_portraits(other, [pictures[i] for i in range(5)], 16, 5, {})
     with pytest.raises(ConfigError, match="started with portraits"):
-        train(_run(finished, other, total_images=16))
+        train(run_of(finished, other, total_images=16))
 
 
-def test_portraits_without_a_matte_are_refused_unless_accepted(portraits, tmp_path):
+def test_portraits_without_a_matte_are_refused_unless_accepted(portraits, tmp_path, run_of):
     pictures = PortraitSet(portraits)
     with create_record(tmp_path / "bare", 16, 2, {}) as writer:
         for index in range(2):
             writer.add(encode_portrait(pictures[index], has_matte=False))
     with pytest.raises(ConfigError, match="2 of 2 portraits have no matte"):
-        train(_run(tmp_path / "run", tmp_path / "bare"))
-    assert train(_run(tmp_path / "run", tmp_path / "bare", missing_matte="opaque", total_images=4)) == 0
+        train(run_of(tmp_path / "run", tmp_path / "bare"))
+    assert train(run_of(tmp_path / "run", tmp_path / "bare", missing_matte="opaque", total_images=4)) == 0
 
 
 def test_an_export_refuses_another_head_model(finished, tmp_path):
@@ -233,8 +220,8 @@ def test_an_export_refuses_another_head_model(finished, tmp_path):
         load_genhead(tmp_path / "export")
 
 
-def test_a_run_goes_on_from_an_exported_generator_with_its_clock(finished, portraits, tmp_path):
-    assert train(_run(tmp_path, portraits, total_images=16, start_from=finished / "export")) == 0
+def test_a_run_goes_on_from_an_exported_generator_with_its_clock(finished, portraits, tmp_path, run_of):
+    assert train(run_of(tmp_path, portraits, total_images=16, start_from=finished / "export")) == 0
     assert [line["images_seen"] for line in read_metrics(tmp_path)] == [16]
     saved, first = latest_checkpoint(tmp_path), latest_checkpoint(finished)
     assert saved.images_seen == 16
@@ -243,16 +230,16 @@ def test_a_run_goes_on_from_an_exported_generator_with_its_clock(finished, portr
     assert 0 < moved < 0.01, "one step from the exported discriminator, not from noise"
 
 
-def test_going_on_from_other_widths_is_refused(finished, portraits, tmp_path):
+def test_going_on_from_other_widths_is_refused(finished, portraits, tmp_path, run_of):
     other = dataclasses.replace(DISCRIMINATOR, mapping_layers=2)
     with pytest.raises(ConfigError, match="other settings of discriminator"):
-        train(_run(tmp_path, portraits, discriminator=other, start_from=finished / "export"))
+        train(run_of(tmp_path, portraits, discriminator=other, start_from=finished / "export"))
     with pytest.raises(AssetError, match="no such folder"):
-        train(_run(tmp_path, portraits, start_from=tmp_path / "nowhere"))
+        train(run_of(tmp_path, portraits, start_from=tmp_path / "nowhere"))
 
 
-def test_half_precision_exports_halve_the_file_and_still_render(finished, portraits, tmp_path):
-    assert train(_run(tmp_path, portraits, export_half=True, start_from=finished / "export", total_images=12)) == 0
+def test_half_precision_exports_halve_the_file_and_still_render(finished, portraits, tmp_path, run_of):
+    assert train(run_of(tmp_path, portraits, export_half=True, start_from=finished / "export", total_images=12)) == 0
     sizes = [(folder / "export" / "model.safetensors").stat().st_size for folder in (tmp_path, finished)]
     assert sizes[0] < 0.6 * sizes[1]
     assert next(load_genhead(tmp_path / "export").parameters()).dtype == torch.float32
@@ -272,41 +259,22 @@ def _eight(**changes) -> GameConfig:
 
 
 @pytest.fixture(scope="module")
-def undivided(tmp_path_factory, portraits) -> dict[str, torch.Tensor]:
+def undivided(tmp_path_factory, portraits, run_of) -> dict[str, torch.Tensor]:
     out = tmp_path_factory.mktemp("undivided")
-    assert train(_run(out, portraits, total_images=16, checkpoint_every=16, game=_eight())) == 0
+    assert train(run_of(out, portraits, total_images=16, checkpoint_every=16, game=_eight())) == 0
     return latest_checkpoint(out).tensors
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_changes_no_result(tmp_path, portraits, undivided, accumulation):
-    assert train(_run(tmp_path, portraits, total_images=16, checkpoint_every=16, game=_eight(accumulation=accumulation))) == 0
+def test_accumulation_changes_no_result(tmp_path, portraits, undivided, accumulation, run_of):
+    assert train(run_of(tmp_path, portraits, total_images=16, checkpoint_every=16, game=_eight(accumulation=accumulation))) == 0
     assert _far(latest_checkpoint(tmp_path).tensors, undivided) == []
 
 
-def test_two_processes_train_what_one_trains(tmp_path, portraits, undivided):
-    config = _run(tmp_path / "run", portraits, total_images=16, checkpoint_every=16, game=_eight())
+def test_two_processes_train_what_one_trains(tmp_path, portraits, undivided, two_processes, run_of):
+    config = run_of(tmp_path / "run", portraits, total_images=16, checkpoint_every=16, game=_eight())
     save_yaml(config, tmp_path / "run.yaml")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "pipelines", "genhead", "--config", str(tmp_path / "run.yaml")],
-            env=environment | {"RANK": rank},
-            cwd=Path(__file__).parents[2],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()  # the other one waits for ever when one has failed
-    assert [process.returncode for process in processes] == [0, 0], errors
+    two_processes(["-m", "pipelines", "genhead", "--config", str(tmp_path / "run.yaml")])
     assert _far(latest_checkpoint(config.out).tensors, undivided) == []
     assert train(dataclasses.replace(config, total_images=24)) == 0  # one process goes on
 
@@ -321,8 +289,8 @@ def test_the_paper_config_is_the_defaults_and_the_small_one_follows_its_rule(roo
     assert load_yaml(PortraitsRun, root / "configs" / "portraits_small.yaml").resolution == small.model.image_resolution
 
 
-def test_mirrored_and_replicated_portraits_train_and_resume(tmp_path, portraits, capsys):
-    config = _run(tmp_path, portraits, total_images=4, sampling=PortraitSampling(mirror=True, yaw_bins_deg=(10.0,), copies=(1, 3)))
+def test_mirrored_and_replicated_portraits_train_and_resume(tmp_path, portraits, capsys, run_of):
+    config = run_of(tmp_path, portraits, total_images=4, sampling=PortraitSampling(mirror=True, yaw_bins_deg=(10.0,), copies=(1, 3)))
     assert train(config) == 0
     assert "differ from the mirrored meshes by" in capsys.readouterr().out
     assert train(dataclasses.replace(config, total_images=8)) == 0
@@ -330,14 +298,14 @@ def test_mirrored_and_replicated_portraits_train_and_resume(tmp_path, portraits,
         train(dataclasses.replace(config, total_images=12, sampling=PortraitSampling()))
 
 
-def test_a_step_with_half_precision_blocks_has_the_losses_of_single_precision(tmp_path, portraits, monkeypatch):
+def test_a_step_with_half_precision_blocks_has_the_losses_of_single_precision(tmp_path, portraits, monkeypatch, run_of):
     """The float16 code runs on a CPU too once it does not ask for the device; both penalties are in the first step."""
     for kind in ("single", "half"):
         if kind == "half":
             for module in ("stylegan2", "discriminator"):
                 asked = lambda half_precision, device: torch.float16 if half_precision else torch.float32  # noqa: E731
                 monkeypatch.setattr(f"head3d.networks.{module}.feature_type", asked)
-        assert train(_run(tmp_path / kind, portraits, total_images=4)) == 0
+        assert train(run_of(tmp_path / kind, portraits, total_images=4)) == 0
     single, half = (read_metrics(tmp_path / kind)[-1] for kind in ("single", "half"))
     assert single.keys() == half.keys() and {"discriminator/r1", "generator/smoothness"} <= half.keys()
     assert single != half

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
@@ -35,18 +31,8 @@ print(me.rank, me.world_size, me.is_main)
 """
 
 
-def test_two_processes_agree_on_gradients_averages_and_numbers():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment | {"RANK": rank}, cwd=Path(__file__).parents[2],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [output for output, _ in outputs] == ["0 2 True\n", "1 2 False\n"], outputs
+def test_two_processes_agree_on_gradients_averages_and_numbers(two_processes):
+    assert two_processes(["-c", PROGRAM]) == ["0 2 True\n", "1 2 False\n"]
 
 
 def test_one_process_alone_leaves_everything_as_it_is(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +12,8 @@ from datagen.generate import DatagenRun, generate
 from datagen.members import ShardConfig
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig
-from genhead.background import BackgroundConfig as GeneratorBackground
 from genhead.generator import EXPORT_KIND, GenHead, GenHeadConfig, GenHeadExport
 from head3d.head_model import load_head_model
-from head3d.networks.superresolution import SuperResolutionConfig
-from head3d.rendering import RaySampling
 from head3d.run.checkpoint import export_model
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from reconstructor.architectures.portrait4d import Portrait4DConfig
@@ -26,60 +24,43 @@ from reconstructor.losses import LossConfig, SmoothnessConfig
 from reconstructor.model import ReconstructorConfig
 from reconstructor.train import ReconstructorRun
 
-SIDE, RAYS, CHANNELS = 32, 16, 8
-SAMPLING = RaySampling(depth_samples=6, importance_samples=4)
-SUPERRESOLUTION = SuperResolutionConfig(input_resolution=RAYS, feature_channels=CHANNELS, channels=(8,), w_dim=8)
 
-GENERATOR = GenHeadConfig(
-    z_dim=8,
-    w_dim=8,
-    plane_resolution=16,
-    plane_channels=CHANNELS,
-    feature_channels=CHANNELS,
-    decoder_hidden=16,
-    channel_base=256,
-    channel_max=16,
-    render_resolution=RAYS,
-    image_resolution=SIDE,
-    mask_resolution=RAYS,
-    sampling=SAMPLING,
-    background=GeneratorBackground(resolution=16, channels=CHANNELS, z_dim=8, w_dim=8, mapping_layers=1, channel_base=256, channel_max=16),
-    superresolution=SUPERRESOLUTION,
-)
-
-MODEL = ReconstructorConfig(
-    architecture=Portrait4DConfig(
-        image_resolution=SIDE,
-        motion_dim=109,
-        global_encoder=GlobalEncoderConfig(base_width=8, stage_blocks=(1, 1), stem_pool=False, pyramid_dilations=(2,), out_width=16),
-        detail_stem_width=8,
-        detail_width=8,
-        detail_layers=1,
-        token_width=16,
-        heads=2,
-        motion_hidden=16,
-        motion_tokens=2,
-        deexpression_blocks=1,
-        reenactment_blocks=1,
-        feature_hidden=8,
-        feature_width=8,
-        decoder_hidden=8,
-        plane_channels=CHANNELS,
-        background=BackgroundConfig(base_width=8, levels=1, channels=CHANNELS),
-    ),
-    decoder_hidden=16,
-    feature_channels=CHANNELS,
-    render_resolution=RAYS,
-    sampling=SAMPLING,
-    superresolution=SUPERRESOLUTION,
-)
+def tiny_reconstructor(generator: GenHeadConfig) -> ReconstructorConfig:
+    """A network that renders and decodes as `generator` does."""
+    return ReconstructorConfig(
+        architecture=Portrait4DConfig(
+            image_resolution=generator.image_resolution,
+            motion_dim=109,
+            global_encoder=GlobalEncoderConfig(base_width=8, stage_blocks=(1, 1), stem_pool=False, pyramid_dilations=(2,), out_width=16),
+            detail_stem_width=8,
+            detail_width=8,
+            detail_layers=1,
+            token_width=16,
+            heads=2,
+            motion_hidden=16,
+            motion_tokens=2,
+            deexpression_blocks=1,
+            reenactment_blocks=1,
+            feature_hidden=8,
+            feature_width=8,
+            decoder_hidden=8,
+            plane_channels=generator.plane_channels,
+            background=BackgroundConfig(base_width=8, levels=1, channels=generator.feature_channels),
+        ),
+        decoder_hidden=generator.decoder_hidden,
+        feature_channels=generator.feature_channels,
+        render_resolution=generator.render_resolution,
+        sampling=generator.sampling,
+        superresolution=generator.superresolution,
+    )
 
 
 class World(NamedTuple):
-    """Folders that all tests of this package read and none writes."""
+    """Folders that all tests of this package read and none writes, and a network of their sizes."""
 
     generator: Path
     shards: Path
+    model: ReconstructorConfig
 
     def run(self, out: Path, **changes: object) -> ReconstructorRun:
         """Settings of a run of a few steps on these shards."""
@@ -96,21 +77,21 @@ class World(NamedTuple):
             "keep": 10,
             "batches": BatchConfig(size=4, threads=1, prefetch=2),
             "losses": LossConfig(smoothness=SmoothnessConfig(every=2, points=20)),
-            "model": MODEL,
+            "model": self.model,
         }
         return ReconstructorRun(**settings | changes)
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_genhead: Callable[[int], GenHeadConfig]) -> World:
     """An exported generator and shards of 8 identities: half static; of each kind one is held out for test and one for validation."""
     folder = tmp_path_factory.mktemp("world")
     with weights_drawn_from(torch_generator(1, "world")):
-        genhead = GenHead(GENERATOR, load_head_model(None))
+        genhead = GenHead(tiny_genhead(32), load_head_model(None))
     export_model(
         folder / "generator",
         genhead.weights(),
-        GenHeadExport(head_model_hash=genhead.head_model.content_hash, model=GENERATOR),
+        GenHeadExport(head_model_hash=genhead.head_model.content_hash, model=genhead.config),
         EXPORT_KIND,
         0,
     )
@@ -125,4 +106,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         shards=ShardConfig(identities_per_shard=3),
     )
     assert generate(config) == 0
-    return World(folder / "generator", folder / "shards")
+    return World(folder / "generator", folder / "shards", tiny_reconstructor(genhead.config))

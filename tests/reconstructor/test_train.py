@@ -4,10 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +100,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(world, tmp_path, mon
         one = learner(config)
         training.step(dataclasses.replace(config, micro_batch=micro), one, first_batch(config), 0, ALONE)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()]))
-    assert torch.allclose(*gradients, atol=1e-6)
+    together, one_by_one = gradients
+    assert (together - one_by_one).norm() < 1e-4 * together.norm()
 
 
 def test_a_run_learns_logs_and_exports(world, tmp_path):
@@ -196,12 +193,12 @@ def test_wrong_data_is_refused_before_anything_is_written(world, tmp_path):
         train(dataclasses.replace(config, model=wide))
     for change, message in (
         ({"render_resolution": 8}, "made with render_resolution 16, but model.render_resolution gives 8; make it 16"),
-        ({"architecture": dataclasses.replace(config.model.architecture, plane_channels=4)}, "model.architecture.plane_channels gives 4"),
+        ({"architecture": dataclasses.replace(config.model.architecture, plane_channels=5)}, "model.architecture.plane_channels gives 5"),
         ({"superresolution": dataclasses.replace(config.model.superresolution, channels=(8, 8))}, r"image_resolution 32, but .* gives 64"),
     ):
         with pytest.raises(ConfigError, match=message):
             train(dataclasses.replace(config, model=dataclasses.replace(config.model, **change)))
-    with pytest.raises(ConfigError, match="architecture.background.channels: expected feature_channels, 4, got 8"):
+    with pytest.raises(ConfigError, match="architecture.background.channels: expected feature_channels, 4, got 6"):
         dataclasses.replace(config.model, feature_channels=4)
     with pytest.raises(AssetError, match="generator weights"):
         other = tmp_path / "generator"
@@ -251,29 +248,10 @@ def test_defaults_are_the_published_run():
     )
 
 
-def test_two_processes_train_together_and_one_goes_on(world, tmp_path):
+def test_two_processes_train_together_and_one_goes_on(world, tmp_path, two_processes):
     config = world.run(tmp_path / "run", total_images=8)
     save_yaml(config, tmp_path / "run.yaml")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "pipelines", "reconstructor", "--config", str(tmp_path / "run.yaml")],
-            env=environment | {"RANK": rank},
-            cwd=Path(__file__).parents[2],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()  # the other one waits for ever when one has failed
-    assert [process.returncode for process in processes] == [0, 0], errors
+    two_processes(["-m", "pipelines", "reconstructor", "--config", str(tmp_path / "run.yaml")])
     assert [line["images_seen"] for line in read_metrics(config.out)] == [4, 8]
     assert train(dataclasses.replace(config, total_images=12)) == 0
     assert latest_checkpoint(config.out).images_seen == 12
