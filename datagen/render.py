@@ -38,7 +38,17 @@ class RenderConfig:
 
 
 class SampleError(DataError):
-    """The generator made a frame that cannot be used, for example one with numbers that are not finite."""
+    """The generator made a frame that cannot be used, for example one with numbers that are not finite.
+
+    `identity` and `motion` say which; they travel with the error from one process to another.
+    """
+
+    def __init__(self, message: str, identity: int, motion: int) -> None:
+        super().__init__(message)
+        self.identity, self.motion = identity, motion
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
+        return type(self), (str(self), self.identity, self.motion)
 
 
 def dataset_scales(recipes: RecipeConfig, sampling: RaySampling) -> Scales:
@@ -155,7 +165,8 @@ def _render_views(
     where = f"identity {recipe.identity} of seed {recipe.seed}, motion {motion}, views {first} to {first + len(cameras) - 1}"
     for name, tensor in arrays.items():
         if not torch.isfinite(tensor).all():
-            raise SampleError(f"{where}: the generator's {name} holds numbers that are not finite; look at the generator's checkpoint")
+            message = f"{where}: the generator's {name} holds numbers that are not finite; look at the generator's checkpoint"
+            raise SampleError(message, recipe.identity, motion)
     result = {name: tensor.float().cpu().numpy() for name, tensor in arrays.items() if name != "image"}
     result["rgb"] = to_uint8(images.image)
     result["background"] = to_uint8(images.background[:, :3])
@@ -190,7 +201,9 @@ def _plane_points(
         if len(places) < config.points:
             raise SampleError(
                 f"{where}: only {len(places)} ray samples are in the box and outside eyes and mouth, {config.points} are asked for; "
-                "set --render.points lower"
+                "set --render.points lower",
+                renderer.recipe.identity,
+                motion,
             )
         chosen[view] = renderer.recipe.stream("points", motion, first + view).choice(places, config.points, replace=False)
     step = box / 65535

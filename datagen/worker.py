@@ -93,4 +93,5 @@ def _encode(family: Family, values: dict, plan: Plan, about: dict) -> dict[str, 
     try:
         return encode_sample(family, values, plan.scales, plan.shards)
     except ValueError as error:
-        raise SampleError(f"identity {about['identity']} of seed {plan.seed}, motion {about.get('motion', 0)}: {error}") from error
+        identity, motion = about["identity"], about.get("motion", 0)
+        raise SampleError(f"identity {identity} of seed {plan.seed}, motion {motion}: {error}", identity, motion) from error

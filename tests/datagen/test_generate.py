@@ -220,7 +220,7 @@ def test_a_folder_without_a_finished_shard_can_be_used_for_other_settings(tmp_pa
     out, render = tmp_path / "set", worker.render_identity
 
     def poisoned(genhead, recipe, config):
-        raise SampleError("not finite")
+        raise SampleError("not finite", recipe.identity, 0)
 
     monkeypatch.setattr(worker, "render_identity", poisoned)
     assert generate(run_of(out, seed=1)) == 1
@@ -248,7 +248,7 @@ def test_a_poisoned_shard_is_collected_and_named_and_the_rest_is_made(tmp_path, 
 
     def poisoned(genhead, recipe, config):
         if recipe.identity == 3:
-            raise SampleError("identity 3 of seed 0, motion 0: not finite")
+            raise SampleError("identity 3 of seed 0, motion 0: not finite", 3, 0)
         return render(genhead, recipe, config)
 
     out = tmp_path / "set"
@@ -267,7 +267,7 @@ def test_too_many_failures_stop_the_run(tmp_path, run_of, monkeypatch, capsys):
 
     def poisoned(genhead, recipe, config):
         tried.append(recipe.identity)
-        raise SampleError("not finite")
+        raise SampleError("not finite", recipe.identity, 0)
 
     monkeypatch.setattr(worker, "render_identity", poisoned)
     assert generate(run_of(tmp_path / "set", max_failures=2)) == 1
