@@ -35,11 +35,19 @@ from head3d.run.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from head3d.run.config import NonNegativeInt, PositiveInt, config_hash, save_yaml, to_dict
+from head3d.run.config import NonNegativeInt, PositiveInt, config_hash, to_dict
 from head3d.run.errors import ConfigError
-from head3d.run.runlog import RunLog, progress
 from head3d.run.seeding import torch_generator
-from head3d.run.training import check_finite, crossed, part, refuse_changes, refuse_other_circumstances
+from head3d.run.training import (
+    check_finite,
+    crossed,
+    is_finished,
+    open_run,
+    part,
+    process_group,
+    refuse_changes,
+    refuse_other_circumstances,
+)
 
 FREE_TO_CHANGE = (
     "out",
@@ -77,7 +85,7 @@ class GenHeadRun:
     missing_matte: Literal["refuse", "opaque"] = "refuse"  # portraits without a matte: stop, or take them as opaque everywhere
     seed: NonNegativeInt = 0  # of weights and every draw
     total_images: PositiveInt = 25_000_000  # real pictures shown to the discriminator before the run ends
-    log_every: PositiveInt = 4_000  # images between lines of metrics
+    log_every: PositiveInt = 4_000  # images between lines of metrics, each the mean since the one before
     pictures_every: PositiveInt = 200_000  # images between picture grids
     evaluate_every: NonNegativeInt = 0  # images between measurements of the average (the first process alone); 0 turns them off
     checkpoint_every: PositiveInt = 200_000  # images between checkpoints
@@ -96,13 +104,8 @@ def train(config: GenHeadRun) -> int:
 
     A finished run is not repeated; a started one goes on from its newest checkpoint, bit for bit on one machine.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    process = distributed.start()
-    try:
+    with process_group(config.threads) as process:
         return _train(config, process)
-    finally:
-        distributed.stop()
 
 
 def _train(config: GenHeadRun, process: distributed.Process) -> int:
@@ -111,40 +114,36 @@ def _train(config: GenHeadRun, process: distributed.Process) -> int:
     around = circumstances(portraits)
     saved = latest_checkpoint(config.out)
     images_seen = restore(config, game, saved, around) if saved else begin(config, game)
-    if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
-        if process.is_main:
-            print(f"{config.out}: finished at {images_seen} images, nothing to do")
+    if is_finished(config, images_seen, process):
         return 0
-    if process.is_main:
-        save_yaml(config, config.out / "config.yaml")
-        if pool.mirror_error:
-            print(f"{config.out}: {pool.mirror_error}")
+    if process.is_main and pool.mirror_error:
+        print(f"{config.out}: {pool.mirror_error}")
     size = config.game.batch
-    log = RunLog(config.out, images_seen, enabled=process.is_main)
-    bar = progress(config.total_images, "genhead", unit="img", initial=images_seen, enabled=process.is_main)
-    with distributed.StopSignal() as stop, log, bar:
+    with open_run("genhead", config, saved, images_seen, process) as run:
         while images_seen < config.total_images:
             chosen = torch.randint(len(pool), (size,), generator=torch_generator(config.seed, "portraits", images_seen))
             scalars = game.step(pool.labels, pool.batch(chosen[game.parts.flatten()]), images_seen, images_seen // size)
             images_seen += size
-            bar.update(size)
+            run.bar.update(size)
             scalars = distributed.mean_scalars(scalars, process.device)  # the one time that the step waits for the device
             check_finite(scalars, images_seen, config.out, ADVICE)
-            if crossed(images_seen, size, config.log_every):
-                log.scalars(images_seen, scalars)
-                bar.set_postfix_str(", ".join(f"D({kind})={scalars[f'discriminator/{kind}_logits']:.2f}" for kind in ("real", "fake")))
-            stopping = distributed.any_process(stop.requested, process.device)
+            run.means.add(scalars)
+            stopping = distributed.any_process(run.stop.requested, process.device)
             finished = images_seen >= config.total_images
+            if finished or crossed(images_seen, size, config.log_every):
+                means = run.means.take()
+                run.log.scalars(images_seen, means)
+                run.bar.set_postfix_str(", ".join(f"D({kind})={means[f'discriminator/{kind}_logits']:.2f}" for kind in ("real", "fake")))
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
                 for name, picture in sample_pictures(game.averaged, pool.labels, config.seed).items():
-                    log.image(images_seen, name, picture)
+                    run.log.image(images_seen, name, picture)
             if process.is_main and config.evaluate_every and (finished or crossed(images_seen, size, config.evaluate_every)):
                 kept = config.out / "evaluation"  # the portraits' statistics
                 measured = evaluate_generator(game.averaged, portraits, config.measures, config.seed, cache=kept, show_progress=False)
-                log.scalars(images_seen, measured.scalars())
-                log.image(images_seen, "evaluation", measured.sheet)
+                run.log.scalars(images_seen, measured.scalars())
+                run.log.image(images_seen, "evaluation", measured.sheet)
             if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
-                save(config, game, images_seen, around)
+                save(config, game, images_seen, {"circumstances": around} | run.state())
             if stopping:
                 return 0
     if process.is_main:
@@ -218,10 +217,10 @@ def circumstances(portraits: PortraitSet) -> dict[str, Any]:
     return {"portraits": config_hash(portraits.metadata)}
 
 
-def save(config: GenHeadRun, game: Game, images_seen: int, around: dict[str, Any]) -> Path:
-    """Write a checkpoint: both networks, the average, both optimisers. Draws need no state (they are keyed by images seen)."""
+def save(config: GenHeadRun, game: Game, images_seen: int, state: dict[str, Any]) -> Path:
+    """Write a checkpoint: `state`, both networks, the average, both optimisers. Draws need no state (they are keyed by images seen)."""
     tensors: dict[str, Tensor] = {}
-    state: dict[str, Any] = {"circumstances": around}
+    state = dict(state)
     for name, network in game.networks().items():
         tensors |= {f"{name}/{key}": value for key, value in network.state_dict().items()}
     for name, optimizer in game.optimizers.items():

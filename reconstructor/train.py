@@ -30,11 +30,19 @@ from head3d.labels import MOTION_VECTOR_SIZE, unpack_label
 from head3d.pictures import colorize, grid, to_uint8
 from head3d.run import distributed
 from head3d.run.checkpoint import Checkpoint, export_model, latest_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
-from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, save_yaml, to_dict
+from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, to_dict
 from head3d.run.errors import AssetError, ConfigError
-from head3d.run.runlog import RunLog, progress
 from head3d.run.seeding import torch_generator, weights_drawn_from
-from head3d.run.training import check_finite, crossed, part, refuse_changes, refuse_other_circumstances
+from head3d.run.training import (
+    check_finite,
+    crossed,
+    is_finished,
+    open_run,
+    part,
+    process_group,
+    refuse_changes,
+    refuse_other_circumstances,
+)
 from reconstructor.batches import Batch, BatchConfig, BatchStream
 from reconstructor.losses import LossConfig, check_labels, members_needed, reconstruction_losses, smoothness_loss
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorConfig, ReconstructorExport
@@ -71,7 +79,7 @@ class ReconstructorRun:
     ema_images: PositiveFloat = 10_000.0  # half-life of the averaged weights, images
     ema_ramp: NonNegativeFloat = 0.05  # half-life is at most this share of the images seen; 0 = no ramp
     micro_batch: PositiveInt = 4  # samples a process takes through the network at once; gradients are averaged over the batch
-    log_every: PositiveInt = 3_200  # images between lines of metrics
+    log_every: PositiveInt = 3_200  # images between lines of metrics, each the mean since the one before
     pictures_every: PositiveInt = 100_000  # images between picture grids
     checkpoint_every: PositiveInt = 100_000  # images between checkpoints
     keep: PositiveInt = 3  # newest checkpoints kept
@@ -97,13 +105,8 @@ def train(config: ReconstructorRun) -> int:
 
     A finished run is not repeated; a started one goes on from its newest checkpoint, bit for bit on one machine.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    process = distributed.start()
-    try:
+    with process_group(config.threads) as process:
         return _train(config, process)
-    finally:
-        distributed.stop()
 
 
 def _train(config: ReconstructorRun, process: distributed.Process) -> int:
@@ -112,16 +115,10 @@ def _train(config: ReconstructorRun, process: distributed.Process) -> int:
     saved = latest_checkpoint(config.out)
     learner = build(config, open_plan(config.shards), process.device, warm=config.warm_start and saved is None)
     images_seen = restore(config, learner, saved, circumstances(dataset)) if saved else 0
-    if images_seen >= config.total_images and (config.out / "export" / "model.json").exists():
-        if process.is_main:
-            print(f"{config.out}: finished at {images_seen} images, nothing to do")
+    if is_finished(config, images_seen, process):
         return 0
     preview = preview_batch(config, dataset).to(process.device)
-    if process.is_main:
-        save_yaml(config, config.out / "config.yaml")
-    log = RunLog(config.out, images_seen, enabled=process.is_main)
-    bar = progress(config.total_images, "reconstructor", unit="img", initial=images_seen, enabled=process.is_main)
-    batches = BatchStream(
+    stream = BatchStream(
         dataset,
         config.batches,
         config.seed,
@@ -131,31 +128,28 @@ def _train(config: ReconstructorRun, process: distributed.Process) -> int:
         world_size=process.world_size,
     )
     size, waited, window = config.batches.size, 0.0, (images_seen, time.perf_counter())
-    history: dict[str, list[float]] = {}  # since the last line of metrics
-    with distributed.StopSignal() as stop, log, bar, batches:
+    with open_run("reconstructor", config, saved, images_seen, process) as run, stream as batches:
         while images_seen < config.total_images:
             asked = time.perf_counter()
             batch = next(batches).to(process.device)
             waited += time.perf_counter() - asked
             scalars = step(config, learner, batch, images_seen, process)
             images_seen += size
-            bar.update(size)
+            run.bar.update(size)
             check_finite(scalars, images_seen, config.out, ADVICE)
-            for name, value in scalars.items():
-                history.setdefault(name, []).append(value)
-            stopping = distributed.any_process(stop.requested, process.device)
+            run.means.add(scalars)
+            stopping = distributed.any_process(run.stop.requested, process.device)
             finished = images_seen >= config.total_images
             if finished or crossed(images_seen, size, config.log_every):
-                seconds = time.perf_counter() - window[1]
-                means = {name: sum(values) / len(values) for name, values in history.items()}
+                means, seconds = run.means.take(), time.perf_counter() - window[1]
                 speed = {"speed/images_per_s": (images_seen - window[0]) / seconds, "speed/data_wait_share": waited / seconds}
-                log.scalars(images_seen, means | speed)
-                bar.set_postfix(loss=f"{means['loss/total']:.3f}", wait=f"{waited / seconds:.1%}")
-                history, waited, window = {}, 0.0, (images_seen, time.perf_counter())
+                run.log.scalars(images_seen, means | speed)
+                run.bar.set_postfix(loss=f"{means['loss/total']:.3f}", wait=f"{waited / seconds:.1%}")
+                waited, window = 0.0, (images_seen, time.perf_counter())
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
-                log.image(images_seen, "preview", preview_picture(learner.averaged, preview))
+                run.log.image(images_seen, "preview", preview_picture(learner.averaged, preview))
             if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
-                save(config, learner, images_seen, circumstances(dataset))
+                save(config, learner, images_seen, {"circumstances": circumstances(dataset)} | run.state())
             if stopping:
                 return 0
     if process.is_main:
@@ -325,12 +319,12 @@ def circumstances(dataset: ShardDataset) -> dict[str, Any]:
     return {"data": {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames)}}
 
 
-def save(config: ReconstructorRun, learner: Learner, images_seen: int, around: dict[str, Any]) -> Path:
-    """Write a checkpoint: network, average, optimiser. The data and every draw need no state: they are keyed by images seen."""
+def save(config: ReconstructorRun, learner: Learner, images_seen: int, state: dict[str, Any]) -> Path:
+    """Write a checkpoint: `state`, network, average, optimiser. The data and every draw need no state: they are keyed by images seen."""
     tensors, optimizer = pack_optimizer(learner.optimizer, "optimizer")
     for name, model in (("model", learner.model), ("averaged", learner.averaged)):
         tensors |= {f"{name}/{key}": value for key, value in model.weights().items()}
-    return save_checkpoint(config.out, images_seen, tensors, {"optimizer": optimizer, "circumstances": around}, config, config.keep)
+    return save_checkpoint(config.out, images_seen, tensors, state | {"optimizer": optimizer}, config, config.keep)
 
 
 def restore(config: ReconstructorRun, learner: Learner, saved: Checkpoint, around: dict[str, Any]) -> int:

@@ -85,6 +85,32 @@ class RunLog:
                 picture.unlink()
 
 
+class Means:
+    """Means of a run's numbers over the steps since its last line of metrics; a number counts where it was computed.
+
+    `state` is JSON for the checkpoint, and goes into `Means(state)` on resume, so that no step is lost between two lines.
+    """
+
+    def __init__(self, state: Mapping[str, tuple[float, int]] | None = None) -> None:
+        self._sums = {name: (total, count) for name, (total, count) in (state or {}).items()}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Take the numbers of one step."""
+        for name, value in values.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value, count + 1)
+
+    def take(self) -> dict[str, float]:
+        """The means, and begin anew."""
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return means
+
+    def state(self) -> dict[str, list[float]]:
+        """Name -> [sum, number of steps]."""
+        return {name: list(entry) for name, entry in self._sums.items()}
+
+
 def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl in order; [] if there is none. A last line cut short by a kill is left out."""
     path = Path(folder) / _METRICS

@@ -1,20 +1,72 @@
-"""What both training loops share: the clock, the stop at divergence, and the checks before a resume."""
+"""What both training loops share: their opening, the clock, the stop at divergence, and the checks before a resume."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from head3d.run import distributed
 from head3d.run.checkpoint import Checkpoint, newest_checkpoint_folder
+from head3d.run.config import save_yaml
 from head3d.run.errors import ConfigError, FoundryError
+from head3d.run.runlog import Means, RunLog, progress
+
+_MEANS = "means_since_last_line"  # in a checkpoint's state
 
 
 class Divergence(FoundryError):
     """A loss is not finite."""
+
+
+class OpenRun(NamedTuple):
+    """What a loop writes to while it runs."""
+
+    stop: distributed.StopSignal
+    log: RunLog
+    bar: tqdm
+    means: Means  # since the last line of metrics
+
+    def state(self) -> dict[str, Any]:
+        """What goes into a checkpoint's state, for `open_run` to take up."""
+        return {_MEANS: self.means.state()}
+
+
+@contextmanager
+def process_group(threads: int) -> Iterator[distributed.Process]:
+    """This process among those that train together, with so many CPU threads of torch (0 leaves its default)."""
+    if threads:
+        torch.set_num_threads(threads)
+    process = distributed.start()
+    try:
+        yield process
+    finally:
+        distributed.stop()
+
+
+def is_finished(config: Any, images_seen: int, process: distributed.Process) -> bool:
+    """Whether the run of `config` (out, total_images) has seen all images and written its export; the first process then says so."""
+    finished = images_seen >= config.total_images and (config.out / "export" / "model.json").exists()
+    if finished and process.is_main:
+        print(f"{config.out}: finished at {images_seen} images, nothing to do")
+    return finished
+
+
+@contextmanager
+def open_run(name: str, config: Any, saved: Checkpoint | None, images_seen: int, process: distributed.Process) -> Iterator[OpenRun]:
+    """Write down the settings of `config` (out, total_images) and open log and bar at `images_seen`; SIGTERM becomes a wish."""
+    if process.is_main:
+        save_yaml(config, config.out / "config.yaml")
+    log = RunLog(config.out, images_seen, enabled=process.is_main)
+    bar = progress(config.total_images, name, unit="img", initial=images_seen, enabled=process.is_main)
+    with distributed.StopSignal() as stop, log, bar:
+        yield OpenRun(stop, log, bar, Means(saved.state.get(_MEANS) if saved else None))
 
 
 def crossed(images_seen: int, batch: int, every: int) -> bool:

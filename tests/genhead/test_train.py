@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from genhead.evaluate import GeneratorMeasures
-from genhead.game import GameConfig
+from genhead.game import Game, GameConfig
 from genhead.generator import load_genhead
 from genhead.pool import PortraitSampling
 from genhead.portraits import Portrait, PortraitSet, create_record, encode_portrait, write_portraits
@@ -135,6 +137,28 @@ def test_metrics_name_every_loss(finished):
     }
     assert expected <= line.keys() and line["images_seen"] == 12
     assert any("discriminator/r1" in entry for entry in read_metrics(finished))
+
+
+def test_a_line_is_the_mean_of_the_steps_since_the_last_one_also_across_a_stop(tmp_path, portraits, finished, run_of, monkeypatch):
+    """`finished` has a line for each of its three steps, the gradient penalty in the first and the third."""
+    step, config = Game.step, run_of(tmp_path, portraits, log_every=12)
+
+    def stopped(game, labels, real, images_seen, number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(game, labels, real, images_seen, number)
+
+    monkeypatch.setattr(Game, "step", stopped)
+    assert train(config) == 0
+    assert latest_checkpoint(tmp_path).images_seen == 8 and read_metrics(tmp_path) == [] and not (tmp_path / "export").exists()
+    assert train(config) == 0
+    (line,) = read_metrics(tmp_path)
+    steps = read_metrics(finished)
+    assert [("discriminator/r1" in entry) for entry in steps] == [True, False, True]
+    assert line.keys() == steps[0].keys()
+    for name in line.keys() - {"images_seen"}:
+        values = [entry[name] for entry in steps if name in entry]
+        assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-12), name
 
 
 def test_the_average_is_measured_on_the_way_and_training_does_not_feel_it(tmp_path, portraits, finished, run_of):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from head3d.run.errors import DataError
-from head3d.run.runlog import RunLog, progress, read_metrics
+from head3d.run.runlog import Means, RunLog, progress, read_metrics
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)
 
@@ -68,6 +69,17 @@ def test_a_silent_log_writes_nothing(tmp_path):
         log.scalars(8, {"loss": 1.0})
         log.image(8, "views", PICTURE)
     assert not (tmp_path / "run").exists()
+
+
+def test_means_count_a_number_where_it_was_computed_and_outlive_a_stop():
+    means = Means()
+    means.add({"loss": 1.0, "r1": 0.1})
+    means.add({"loss": 2.0})
+    resumed = Means(json.loads(json.dumps(means.state())))
+    for one in (means, resumed):
+        one.add({"loss": 6.0, "r1": 0.2})
+        assert one.take() == {"loss": 3.0, "r1": (0.1 + 0.2) / 2}
+        assert one.state() == {} and one.take() == {}
 
 
 def test_a_bar_counts_an_iterable_or_what_it_is_told(monkeypatch):
