@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import functools
 import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +26,13 @@ from datagen.plan import GeneratorFacts, Plan, claim_folder, shard_is_done
 from datagen.reading import write_index
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig, SampleError, dataset_scales
+from datagen.storage import open_storage
 from datagen.worker import ShardMaker, ShardReport
 from genhead.generator import GenHeadExport
 from head3d.head_model import load_head_model
 from head3d.run.checkpoint import exported_hash
 from head3d.run.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, load_yaml, to_dict
-from head3d.run.errors import ConfigError, DataError, FoundryError
-from head3d.run.files import sweep_temporary, write_errors
+from head3d.run.errors import ConfigError, FoundryError
 from head3d.run.runlog import progress
 
 IN_FLIGHT = 2  # calls a worker is given at once: it never waits for the driver, and little is repeated when it dies
@@ -43,7 +43,7 @@ RETRIES = 3  # of a shard whose worker died
 class DatagenRun:
     """Produce labelled multi-view shards with a trained generator. Defaults are the published distributions."""
 
-    out: Path = Path("runs/datagen")  # folder of the data set; a set that is there already is completed or extended
+    out: str = "runs/datagen"  # data set: a folder or a URL (s3://bucket/name, ...); one that is there is completed or extended
     generator: Path = Path("runs/genhead/export")  # exported generator (made by the genhead command)
     identities: PositiveInt = 10_000  # people; this many fixed ones train as well as endless ones (Lp3D, arXiv:2305.02310)
     seed: NonNegativeInt = 0  # of every draw
@@ -66,23 +66,21 @@ def generate(config: DatagenRun) -> int:
     Raises ConfigError if the folder holds other settings, DataError if it cannot be written (full disk) or is in use.
     """
     plan = make_plan(config)
-    with write_errors(config.out):
-        config.out.mkdir(parents=True, exist_ok=True)
-    with _only_writer(config.out):
-        _sweep(config.out)
-        claim_folder(config.out, plan)
-        missing = [shard for shard in range(plan.shard_count) if not shard_is_done(config.out, plan, shard)]
+    out = open_storage(config.out)
+    with out.only_writer(FAMILIES):
+        claim_folder(out, plan)
+        done = out.each(functools.partial(shard_is_done, out, plan), range(plan.shard_count))
+        missing = [shard for shard, there in enumerate(done) if not there]
         total, to_do = (sum(map(plan.shard_frames, shards)) for shards in (range(plan.shard_count), missing))
         failures: dict[int, str] = {}
         made = 0
         if missing:
-            with progress(total, "datagen", unit="frame", initial=total - to_do) as bar:
+            with progress(total, "datagen", unit="frame", initial=total - to_do) as bar, out.appending("log.jsonl") as log:
                 reports = _in_process(config, plan, missing, failures) if config.workers == 0 else _on_ray(config, plan, missing, failures)
                 for report in reports:
                     made += 1
-                    _record(config.out, report, bar, failures)
-        _sweep(config.out)
-        write_index(config.out)
+                    _record(log, report, bar, failures)
+        write_index(out)
     print(f"{config.out}: {plan.shard_count} shards, {total} frames of {plan.identities} identities; made {made} shards now")
     for shard, reason in sorted(failures.items()):
         print(f"  shard {shard:06d} failed: {reason}")
@@ -119,7 +117,7 @@ def make_plan(config: DatagenRun) -> Plan:
 
 
 def _in_process(config: DatagenRun, plan: Plan, shards: list[int], failures: dict[int, str]) -> Iterator[ShardReport]:
-    maker = ShardMaker(config.out, plan, config.generator, plan.device)
+    maker = ShardMaker(open_storage(config.out), plan, config.generator, plan.device)
     for shard in shards:
         try:
             yield maker.make(shard)
@@ -135,7 +133,7 @@ def _on_ray(config: DatagenRun, plan: Plan, shards: list[int], failures: dict[in
         actor_class = ray.remote(
             num_cpus=1, num_gpus=config.gpus_per_worker if plan.device == "cuda" else 0, max_restarts=-1, max_task_retries=RETRIES
         )(ShardMaker)  # fmt: skip
-        arguments = (config.out.resolve(), plan, config.generator.resolve(), plan.device)
+        arguments = (open_storage(config.out).resolved(), plan, config.generator.resolve(), plan.device)
         actors = [actor_class.remote(*arguments) for _ in range(min(config.workers, len(shards)))]
         queue, flying = iter(shards), {}
 
@@ -217,12 +215,6 @@ def _no_cluster(address: str, error: Exception) -> str:
     return f"address: no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, or leave address out"
 
 
-def _sweep(out: Path) -> None:
-    """Delete what killed writers left."""
-    for folder in (out, *(out / family for family in FAMILIES)):
-        sweep_temporary(folder)
-
-
 def _device(config: DatagenRun) -> str:
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,26 +223,8 @@ def _device(config: DatagenRun) -> str:
     return config.device
 
 
-def _record(out: Path, report: ShardReport, bar: tqdm, failures: dict[int, str]) -> None:
+def _record(log: Callable[[str], None], report: ShardReport, bar: tqdm, failures: dict[int, str]) -> None:
     """Move the bar and keep who made what in log.jsonl, which is no part of the data."""
-    log = out / "log.jsonl"
-    with write_errors(log), log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(report._asdict()) + "\n")
+    log(json.dumps(report._asdict()))
     bar.update(report.frames)
     bar.set_postfix(shard=report.shard, failed=len(failures))
-
-
-@contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system lets go of it when this process ends, however it ends."""
-    lock = out / ".lock"
-    with write_errors(lock):
-        file = lock.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"{out}: another `headfoundry datagen` is writing to this folder; wait for it, or choose another --out"
-            ) from error
-        yield

@@ -21,10 +21,10 @@ from datagen.members import FAMILIES, Family, Scales, ShardConfig
 from datagen.reading import read_manifest
 from datagen.recipes import RecipeConfig, deciding_settings, frame_count
 from datagen.render import RenderConfig
-from datagen.shards import SCHEMA, read_sidecar, shard_path
+from datagen.shards import SCHEMA, read_sidecar, shard_name, sidecar_name
+from datagen.storage import Storage, open_storage
 from head3d.run.config import config_hash, from_dict, to_dict
 from head3d.run.errors import ConfigError, DataError
-from head3d.run.files import write_atomic
 
 _UNITS = (
     "lengths in scene units (FLAME metres x 3), origin at the canonical neck joint, y up, face to +z; "
@@ -154,20 +154,21 @@ class Plan:
         return plan
 
 
-def open_plan(folder: Path | str) -> Plan:
-    """The plan of the data set in `folder`, from its dataset.json."""
-    return Plan.from_manifest(read_manifest(Path(folder)), str(Path(folder) / "dataset.json"))
+def open_plan(place: Storage | Path | str) -> Plan:
+    """The plan of the data set in a folder or at a URL, from its dataset.json."""
+    return Plan.from_manifest(read_manifest(place), open_storage(place).where("dataset.json"))
 
 
-def claim_folder(out: Path, plan: Plan) -> None:
+def claim_folder(storage: Storage, plan: Plan) -> None:
     """Write dataset.json, or check that the one that is there is of the same settings.
 
     Raises ConfigError if it has another hash, or more identities than are asked for now. More identities than before, or more
-    labels, extend the set; a folder in which no shard was finished is taken over.
+    labels, extend the set, whose dataset.json goes on to state the versions of its first shards; a folder in which no shard was
+    finished is taken over.
     """
-    path = out / "dataset.json"
-    if path.exists() and any(sidecar for family in FAMILIES for sidecar in (out / family).glob("*.json")):
-        there = read_manifest(out)
+    path, ours = storage.where("dataset.json"), plan.manifest()
+    there = read_manifest(storage) if storage.size("dataset.json") is not None else None
+    if there is not None and _holds_shards(storage, there["plan"]["shards"]):
         if there["config_hash"] != plan.hash:
             changed = ", ".join(_differences(there["settings"], plan.settings())[:5])
             raise ConfigError(
@@ -180,28 +181,35 @@ def claim_folder(out: Path, plan: Plan) -> None:
                 f"{there['plan']['labels_share']:g}, now {plan.identities} and {plan.labels_share:g}; a set can grow but not shrink: "
                 "choose another --out, or ask for at least as many"
             )
-        if there["plan"] == plan.manifest()["plan"]:
+        if there["plan"] == ours["plan"]:
             return
-    write_atomic(path, json.dumps(plan.manifest(), indent=1, sort_keys=True) + "\n")
+        ours["versions"] = there["versions"]
+    storage.write("dataset.json", json.dumps(ours, indent=1, sort_keys=True) + "\n")
 
 
-def shard_is_done(out: Path, plan: Plan, shard: int) -> bool:
+def _holds_shards(storage: Storage, shards: int) -> bool:
+    """Whether any family of any shard is committed; asked for by name, and usually answered by the first."""
+    names = (sidecar_name(family, shard) for shard in range(shards) for family in FAMILIES)
+    return any(size is not None for size in storage.each(storage.size, names))
+
+
+def shard_is_done(storage: Storage, plan: Plan, shard: int) -> bool:
     """Whether every family of a shard is committed, of this plan, and as long as its sidecar says.
 
     Raises ConfigError if a sidecar is of other settings.
     """
     for family in plan.families(shard):
-        tar = shard_path(out, family, shard)
-        sidecar = tar.with_suffix(".json")
-        if not sidecar.exists() or not tar.exists():
+        content = read_sidecar(storage, family, shard)
+        if content is None:
             return False
-        content = read_sidecar(sidecar, family, shard)
         if content["config_hash"] != plan.hash:
             raise ConfigError(
-                f"{sidecar}: expected a shard of settings {plan.hash}, got {content['config_hash']}; two data sets are mixed here: "
-                "choose another --out, or delete this file and its tar"
+                f"{storage.where(sidecar_name(family, shard))}: expected a shard of settings {plan.hash}, got {content['config_hash']}; "
+                "two data sets are mixed here: choose another --out, or delete this file and its tar"
             )
-        if content["identities"] != plan.sidecar_facts(shard)["identities"] or content["bytes"] != tar.stat().st_size:
+        if content["identities"] != plan.sidecar_facts(shard)["identities"]:
+            return False
+        if content["bytes"] != storage.size(shard_name(family, shard)):
             return False
     return True
 

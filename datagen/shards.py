@@ -8,7 +8,8 @@
 
 A sample is a frame: one (identity, motion) with all its views; key {shard:06d}{frame:04d}. An identity's frames are adjacent in one
 shard. The .json beside a tar (its sidecar) is the commit mark and the index: SHA-256 of the tar, and offset, size and CRC-32 of each
-member. Both are pure functions of the settings: the same bytes whoever writes them, and whenever.
+member. The tar is a pure function of the settings: the same bytes whoever writes it, and whenever. The sidecar is one of the settings
+and of the versions of what rendered the shard, which it states, because a set may grow on another machine.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from datagen.members import Family, json_bytes
+from datagen.storage import Storage, open_storage
 from head3d.run.errors import DataError
-from head3d.run.files import atomic_path, write_atomic
 
 SCHEMA = "headfoundry-shards/1"
 _BLOCK = 512  # of a tar file; every header here fits one
@@ -34,9 +35,19 @@ def sample_key(shard: int, index: int) -> str:
     return f"{shard:06d}{index:04d}"
 
 
+def shard_name(family: Family, shard: int) -> str:
+    """The name of the tar of one family of one shard."""
+    return f"{family}/{shard:06d}.tar"
+
+
+def sidecar_name(family: Family, shard: int) -> str:
+    """The name of that tar's sidecar."""
+    return f"{family}/{shard:06d}.json"
+
+
 def shard_path(folder: Path, family: Family, shard: int) -> Path:
-    """The tar of one family of one shard; its sidecar has the suffix .json."""
-    return Path(folder) / family / f"{shard:06d}.tar"
+    """The tar in a local folder; its sidecar has the suffix .json."""
+    return Path(folder) / shard_name(family, shard)
 
 
 # Writing ------------------------------------------------------------------------------------------------------------------
@@ -87,15 +98,15 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def write_shard(folder: Path, family: Family, shard: int, facts: dict[str, Any]) -> Iterator[ShardWriter]:
-    """Write one family of one shard: give a writer, and when the block ends well flush and rename the tar, then its sidecar.
+def write_shard(place: Storage | Path | str, family: Family, shard: int, facts: dict[str, Any]) -> Iterator[ShardWriter]:
+    """Write one family of one shard: give a writer, and when the block ends well the tar appears, whole, and then its sidecar.
 
     facts: what the sidecar states beside the samples (config hash, identities). If the block raises, or the process is killed,
-    nothing appears under the final names but possibly a tar without its sidecar, which counts as absent. Raises DataError if the disk
-    is full.
+    nothing appears under the final names but possibly a tar without its sidecar, which counts as absent. The block's end waits for a
+    slow place. Raises DataError if the disk is full or the place refuses.
     """
-    path = shard_path(folder, family, shard)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    storage = open_storage(place)
+    with storage.writing(shard_name(family, shard)) as temporary, temporary.open("wb") as file:
         stream = _HashedStream(file)
         writer = ShardWriter(stream)
         try:
@@ -113,14 +124,18 @@ def write_shard(folder: Path, family: Family, shard: int, facts: dict[str, Any])
         "sha256": stream.sha256.hexdigest(),
         "samples": writer.samples,
     }
-    write_atomic(path.with_suffix(".json"), json_bytes(sidecar))
+    storage.write(sidecar_name(family, shard), json_bytes(sidecar))
 
 
-def read_sidecar(path: Path, family: Family, shard: int) -> dict[str, Any]:
-    """A sidecar's content. Raises DataError if it is no JSON, from another schema, or belongs elsewhere."""
+def read_sidecar(place: Storage | Path | str, family: Family, shard: int) -> dict[str, Any] | None:
+    """A sidecar's content; None if there is none. Raises DataError if it is no JSON, from another schema, or belongs elsewhere."""
+    storage = open_storage(place)
+    path = storage.where(sidecar_name(family, shard))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(storage.read(sidecar_name(family, shard)))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
         raise DataError(f"{path}: could not be read as JSON ({error}); {remedy(path)}") from error
     check_schema(content, path)
     absent = sorted({"config_hash", "bytes", "sha256", "samples"} - content.keys())
@@ -134,14 +149,14 @@ def read_sidecar(path: Path, family: Family, shard: int) -> dict[str, Any]:
     return content
 
 
-def check_schema(content: Any, path: Path) -> None:
+def check_schema(content: Any, path: str) -> None:
     """Raise DataError if a JSON file of a data set is from another schema."""
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise DataError(f"{path}: expected schema {SCHEMA!r}, got {schema!r}; read it with the program that wrote it, or generate it anew")
 
 
-def remedy(path: Path) -> str:
-    """What to do about a damaged file of a shard."""
-    stem = path.with_suffix("")
+def remedy(path: str) -> str:
+    """What to do about a damaged file of a shard, given its address."""
+    stem = path.rpartition(".")[0]
     return f"delete {stem}.tar and {stem}.json and call the same `headfoundry datagen` command again: it makes only what is missing"

@@ -99,7 +99,7 @@ def check_dataset(config: VerifyRun) -> list[Check]:
                     _check_tar(config.folder, plan, sidecar, recipes, tars, samples)
     if not tars.problems and not files.problems:
         _check_index(config.folder, manifest, settings)
-        _check_rendering(config, plan, manifest, again)
+        _check_rendering(config, plan, again)
     elif config.rerender:
         again.note = "left out: mend the files first"
     return checks
@@ -134,7 +134,7 @@ def _check_sidecar(
     """A sidecar that states what the plan says; None if it does not."""
     path = shard_path(folder, family, shard).with_suffix(".json")
     try:
-        sidecar = read_sidecar(path, family, shard)
+        sidecar = read_sidecar(folder, family, shard)
     except DataError as error:
         check.problems.append(str(error))
         return None
@@ -273,7 +273,7 @@ def _check_index(folder: Path, manifest: dict[str, Any], check: Check) -> None:
         )
 
 
-def _check_rendering(config: VerifyRun, plan: Plan, manifest: dict[str, Any], check: Check) -> None:
+def _check_rendering(config: VerifyRun, plan: Plan, check: Check) -> None:
     """Render frames again, spread over the data set by its own hash, and compare them with what is stored."""
     if not config.rerender:
         check.note = "not asked for"
@@ -284,11 +284,11 @@ def _check_rendering(config: VerifyRun, plan: Plan, manifest: dict[str, Any], ch
     except FoundryError as error:
         check.problems.append(f"{error}. Give --generator FOLDER, or --rerender 0 to do without")
         return
-    same_stack = manifest["versions"] == versions(device)
     exact, worst = 0, PSNR_CEILING_DB
     for shard, index in progress(_choose_frames(config.folder, plan, config.rerender), "verify: render", unit="frame"):
         path = shard_path(config.folder, "frames", shard)
-        sample = json.loads(path.with_suffix(".json").read_text())["samples"][index]
+        sidecar = json.loads(path.with_suffix(".json").read_text())
+        sample, same_stack = sidecar["samples"][index], sidecar.get("versions") == versions(device)
         recipe = draw_identity(plan.recipe, plan.seed, sample["identity"])
         with reproducible():
             frame = render_frame(IdentityRenderer(genhead, recipe), plan.render, sample["motion"])

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datagen.members import FAMILIES, Family, encode_sample
-from datagen.plan import Plan
+from datagen.plan import Plan, versions
 from datagen.recipes import draw_identity
 from datagen.render import SampleError, render_identity, reproducible
 from datagen.shards import sample_key, write_shard
+from datagen.storage import Storage
 from genhead.generator import GenHead, load_genhead
 from head3d.run.checkpoint import exported_hash
 from head3d.run.errors import AssetError
@@ -29,12 +30,13 @@ class ShardReport(NamedTuple):
     worker: str  # host:process
 
 
-def make_shard(genhead: GenHead, out: Path, plan: Plan, shard: int) -> ShardReport:
+def make_shard(genhead: GenHead, out: Storage, plan: Plan, shard: int) -> ShardReport:
     """Render, encode and commit one shard: identities and labels first, frames last. The bytes depend on plan and shard alone.
 
     Raises SampleError if a frame cannot be used, DataError if it cannot be written; then nothing of this shard's frames is committed.
     """
-    started, facts, families = time.monotonic(), plan.sidecar_facts(shard), plan.families(shard)
+    started, families = time.monotonic(), plan.families(shard)
+    facts = plan.sidecar_facts(shard) | {"versions": versions(plan.device)}
     with reproducible(), contextlib.ExitStack() as stack:
         # A stack closes in reverse order: frames are entered first and committed last.
         writers = {family: stack.enter_context(write_shard(out, family, shard, facts)) for family in FAMILIES if family in families}
@@ -63,7 +65,7 @@ def make_shard(genhead: GenHead, out: Path, plan: Plan, shard: int) -> ShardRepo
 class ShardMaker:
     """A worker process: makes shards on request. The first request loads the generator, so what is wrong with it is that call's error."""
 
-    def __init__(self, out: Path, plan: Plan, generator: Path, device: str) -> None:
+    def __init__(self, out: Storage, plan: Plan, generator: Path, device: str) -> None:
         self.out, self.plan, self.generator, self.device = out, plan, generator, device
         self.genhead: GenHead | None = None
 

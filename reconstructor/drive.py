@@ -57,7 +57,7 @@ class DriveRun:
     # "built-in" (smile, jaw, blink, gaze, turn), "shard" (motions of held-out identities), or a .npz of FLAME motions
     motion: str = "built-in"
     motion_count: PositiveInt = 8  # motions taken for motion "shard"
-    shards: Path = Path("runs/datagen")  # data set, read for source or motion "shard" only
+    shards: str = "runs/datagen"  # data set (folder or URL), read for source or motion "shard" only
     frames_between: PositiveInt = 12  # frames from one key motion to the next; a .npz is played as it is
     turn_deg: PositiveFloat = 35.0  # how far the camera swings around the head
     fps: PositiveFloat = 25.0  # frames per second of the video

@@ -56,7 +56,7 @@ class EvaluateRun:
 
     out: Path = Path("runs/evaluation")  # where results go
     reconstructor: Path = Path("runs/reconstructor/export")  # exported reconstructor
-    shards: Path = Path("runs/datagen")  # data set that it was trained on; its held-out split is used
+    shards: str = "runs/datagen"  # data set (folder or URL) that it was trained on; its held-out split is used
     generator: Path | None = None  # exported generator that renders the truth; None = the one that the shards record
     split: Literal["val", "test"] = "test"  # identities used
     identities: PositiveInt = 200  # at most this many source identities a task

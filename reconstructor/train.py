@@ -67,7 +67,7 @@ class ReconstructorRun:
     """Train the reconstructor. Defaults are the published run at 512 x 512."""
 
     out: Path = Path("runs/reconstructor")  # run folder: checkpoints, logs, pictures, export
-    shards: Path = Path("runs/datagen")  # data set folder (made by the datagen command)
+    shards: str = "runs/datagen"  # data set: a folder or a URL (made by the datagen command)
     generator: Path | None = None  # exported generator for the warm start; None = the one that the shards record
     head_model: str | None = None  # path of a FLAME-format file, or "procedural"; None = the one that the shards record
     warm_start: bool = True  # decoder and super-resolution begin as the generator's; False: at random (published default)

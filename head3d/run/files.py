@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import math
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from head3d.run.errors import DataError
 
+SCRATCH_PREFIX = ".headfoundry-scratch-"
 TEMPORARY_PREFIX = ".tmp-"  # what follows ends in the target's own name, so that writers who look at the suffix are content
 
 
@@ -61,6 +65,40 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             _flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+    """Give an empty folder of this process alone, in `parent` (default: the system's place for temporary files), deleted after the block.
+
+    It is locked while the process lives; what killed processes left there is deleted by the next call. Raises DataError if the
+    system refuses.
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    with write_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep_scratch(parent)
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=parent))
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _sweep_scratch(parent: Path) -> None:
+    """Delete scratch folders whose process is gone: nobody holds their lock. A new one may be just short of its lock, so it is spared."""
+    for folder in parent.glob(f"{SCRATCH_PREFIX}*"):
+        with suppress(OSError):  # another user's, or deleted by another process at the same time
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                if time.time() - os.fstat(handle).st_mtime > 60:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+            finally:
+                os.close(handle)
 
 
 def write_atomic(path: Path | str, content: bytes | str | Callable[[BinaryIO], object]) -> None:

@@ -305,7 +305,7 @@ def test_a_sidecar_that_lacks_an_entry_is_refused(folder):
     del content["sha256"]
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="frames/000001.json: expected the entries of a sidecar, sha256 is missing; delete"):
-        read_sidecar(path, "frames", 1)
+        read_sidecar(folder, "frames", 1)
 
 
 def test_a_shard_of_another_data_set_is_not_read(folder):
@@ -339,7 +339,7 @@ def test_a_renamed_sidecar_is_refused(folder):
     source, target = (shard_path(folder, "frames", shard).with_suffix(".json") for shard in (0, 1))
     shutil.copy(source, target)
     with pytest.raises(DataError, match="expected the sidecar of frames shard 1, got frames shard 0"):
-        read_sidecar(target, "frames", 1)
+        read_sidecar(folder, "frames", 1)
 
 
 def test_a_folder_without_a_dataset_says_so(tmp_path):
