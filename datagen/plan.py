@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from datagen.members import FAMILIES, Family, Scales, ShardConfig
+from datagen.exclusion import Exclusion
+from datagen.members import FAMILIES, Family, Scales, ShardConfig, json_bytes
 from datagen.reading import read_manifest
 from datagen.recipes import RecipeConfig, deciding_settings, frame_count
 from datagen.render import RenderConfig
@@ -120,6 +122,7 @@ class Plan:
             "units": _UNITS,
             "split_rule": f"{self.recipe.split_rule}: {self.recipe.val_share:g} of the identities val, {self.recipe.test_share:g} test",
             "versions": versions(self.device),
+            "excluded": Exclusion().entry(),
         }  # fmt: skip
 
     @classmethod
@@ -184,7 +187,31 @@ def claim_folder(storage: Storage, plan: Plan) -> None:
         if there["plan"] == ours["plan"]:
             return
         ours["versions"] = there["versions"]
-    storage.write("dataset.json", json.dumps(ours, indent=1, sort_keys=True) + "\n")
+        ours["excluded"] = Exclusion.from_manifest(there, path).entry()
+    storage.write("dataset.json", manifest_text(ours))
+
+
+def exclude(place: Storage | Path | str, exclusion: Exclusion) -> None:
+    """Write a dataset.json that leaves out what `exclusion` lists and nothing else.
+
+    Raises DataError if it lists what the set has not.
+    """
+    storage = open_storage(place)
+    plan = open_plan(storage)
+    strangers = exclusion.strangers(plan.identities, plan.shard_count, plan.shard_frames)
+    if strangers:
+        raise DataError(
+            f"{storage.where()}: expected identities below {plan.identities} and keys of frames of this set, got "
+            f"{', '.join(strangers[:5])}{f' and {len(strangers) - 5} more' if len(strangers) > 5 else ''}; correct the list"
+        )
+    storage.write("dataset.json", manifest_text(read_manifest(storage) | {"excluded": exclusion.entry()}))
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    """dataset.json as text, with the SHA-256 of everything else in it, so that `verify` sees any change."""
+    content = {name: value for name, value in content.items() if name != "content_sha256"}
+    digest = hashlib.sha256(json_bytes(content)).hexdigest()
+    return json.dumps(content | {"content_sha256": digest}, indent=1, sort_keys=True) + "\n"
 
 
 def _holds_shards(storage: Storage, shards: int) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datagen.exclusion import Exclusion
 from datagen.members import FAMILIES, MEMBERS, Family, Member, Scales, decode, dequantise, json_bytes
 from datagen.shards import SCHEMA, check_schema, read_sidecar, remedy, shard_name, sidecar_name
 from datagen.storage import LocalFolder, Storage, open_storage
@@ -52,7 +53,10 @@ class ShardDataset:
         self.scales = Scales(manifest["depth"]["near"], manifest["depth"]["far"], manifest["box_side"])
         self._image_format = manifest["settings"]["shards"]["image_format"]
         self._bytes = {shard_name(family, sidecar["shard"]): sidecar["bytes"] for family in FAMILIES for sidecar in sidecars[family]}
-        self.frames: list[FrameEntry] = _frame_entries(sidecars)
+        self.excluded = Exclusion.from_manifest(manifest, storage.where("dataset.json"))
+        entries = _frame_entries(sidecars)
+        self.frames: list[FrameEntry] = [entry for entry in entries if not self.excluded.covers(entry.identity, entry.key)]
+        self.excluded_count = len(entries) - len(self.frames)  # frames that are there but not read
         self._forget_maps()
 
     def read(self, entry: FrameEntry, members: Sequence[str], dequantised: bool = True) -> dict[str, Any]:

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 import tyro
 
+from datagen.exclusion import Exclusion
 from datagen.members import FAMILIES, Family, Member, decode, encode_sample, json_bytes, members_of
-from datagen.plan import Plan, versions
+from datagen.plan import Plan, manifest_text, versions
 from datagen.reading import read_manifest, read_sidecars
 from datagen.recipes import IdentityRecipe, draw_identity
 from datagen.render import IdentityRenderer, render_frame, reproducible
-from datagen.shards import SCHEMA, read_sidecar, sample_key, shard_path
+from datagen.shards import SCHEMA, read_sidecar, remedy, sample_key, shard_path
 from datagen.worker import load_planned_generator
 from head3d.cameras import Camera
 from head3d.image_metrics import PSNR_CEILING_DB, psnr
@@ -35,6 +36,7 @@ from head3d.run.errors import DataError, FoundryError
 from head3d.run.runlog import progress
 from head3d.run.seeding import numpy_generator
 
+COMPANIONS = ("dataset.json", "index.json", "index.html", "croissant.json", "README.md", "log.jsonl", ".lock")  # beside the families
 SAME_PICTURE_DB = 40.0  # PSNR that counts as the same picture on another processor or with other package versions
 
 
@@ -82,13 +84,22 @@ def check_dataset(config: VerifyRun) -> list[Check]:
     tars, samples = Check("tars: SHA-256, members"), Check("samples: type, shape, range, recipe")
     again = Check("rendered again")
     checks = [settings, files, tars, samples, again]
-    settings.checked = 1
+    settings.checked, path = 1, config.folder / "dataset.json"
     try:
         manifest = read_manifest(config.folder)
-        plan = Plan.from_manifest(manifest, str(config.folder / "dataset.json"))
+        if path.read_text(encoding="utf-8") != manifest_text(manifest):
+            raise DataError(f"{path}: its content is not what its content_sha256 was made from; the file was changed, restore it")
+        plan = Plan.from_manifest(manifest, str(path))
+        excluded = Exclusion.from_manifest(manifest, str(path))
     except FoundryError as error:
         settings.problems.append(str(error))
+        for check in checks[1:]:
+            check.note = "left out: mend dataset.json first"
         return checks
+    strangers = excluded.strangers(plan.identities, plan.shard_count, plan.shard_frames)
+    settings.problems += [f"{path}: excludes {stranger}, which the set does not have" for stranger in strangers]
+    if any(excluded):
+        settings.note = f"excluded: {len(excluded.identities)} identities, {len(excluded.frames)} frames"
     whole = _check_files(config.folder, plan, files)
     for shard in progress(range(plan.shard_count), "verify", unit="shard"):
         recipes = {identity: draw_identity(plan.recipe, plan.seed, identity) for identity in plan.shard_identities(shard)}
@@ -106,7 +117,7 @@ def check_dataset(config: VerifyRun) -> list[Check]:
 
 
 def _check_files(folder: Path, plan: Plan, check: Check) -> set[tuple[Family, int]]:
-    """Missing and foreign files of the family folders. Returns the shards whose tar and sidecar are both there."""
+    """Missing and foreign files. Returns the shards whose tar and sidecar are both there."""
     whole = set()
     expected = {"index.json"}
     for shard in range(plan.shard_count):
@@ -114,15 +125,16 @@ def _check_files(folder: Path, plan: Plan, check: Check) -> set[tuple[Family, in
             tar = shard_path(folder, family, shard)
             pair = (tar, tar.with_suffix(".json"))
             expected.update(str(path.relative_to(folder)) for path in pair)
-            absent = [path for path in pair if not path.exists()]
+            absent = [path for path in pair if not path.is_file()]
             check.problems += [f"{path}: missing; call the same `headfoundry datagen` command again" for path in absent]
             if not absent:
                 whole.add((family, shard))
-    if not (folder / "index.json").exists():
+    if not (folder / "index.json").is_file():
         check.problems.append(f"{folder / 'index.json'}: missing; call the same `headfoundry datagen` command again")
-    found = {str(path.relative_to(folder)) for family in FAMILIES for path in (folder / family).glob("*")}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     check.problems += [
-        f"{folder / name}: foreign: no file of this data set has this name; move it away" for name in sorted(found - expected)
+        f"{folder / name}: foreign: no file of this data set has this name; move it away"
+        for name in sorted(found - expected - {*COMPANIONS, *FAMILIES})
     ]
     check.checked = len(expected)
     return whole
@@ -137,6 +149,9 @@ def _check_sidecar(
         sidecar = read_sidecar(folder, family, shard)
     except DataError as error:
         check.problems.append(str(error))
+        return None
+    if not all(map(_is_entry, sidecar["samples"])) or path.read_bytes() != json_bytes(sidecar):
+        check.problems.append(f"{path}: not as it was written: bytes have changed; {remedy(path)}")
         return None
     for name, value in plan.sidecar_facts(shard).items():
         if sidecar.get(name) != value:
@@ -156,6 +171,14 @@ def _check_sidecar(
     return sidecar
 
 
+def _is_entry(sample: Any) -> bool:
+    """Whether a sidecar's sample states where its members lie: (offset, size, CRC-32) by extension."""
+    members = sample.get("members") if isinstance(sample, dict) else None
+    return isinstance(members, dict) and all(
+        isinstance(place, list) and len(place) == 3 and all(type(number) is int for number in place) for place in members.values()
+    )
+
+
 def _about(recipe: IdentityRecipe, motion: int) -> dict[str, Any]:
     views = len(recipe.motions[motion].cameras)
     return {"identity": recipe.identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": views}
@@ -168,14 +191,19 @@ def _check_tar(folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[
     if len(data) != sidecar["bytes"]:
         tars.problems.append(f"{path}: expected {sidecar['bytes']} bytes, got {len(data)}: cut short or replaced")
         return
+    damaged = [
+        f"key {sample['key']}, member {extension!r} at byte {offset}"
+        for sample in sidecar["samples"]
+        for extension, (offset, size, checksum) in sample["members"].items()
+        if zlib.crc32(data[offset : offset + size]) != checksum
+    ]
     if hashlib.sha256(data).hexdigest() != sidecar["sha256"]:
-        damaged = [
-            f"key {sample['key']}, member {extension!r} at byte {offset}"
-            for sample in sidecar["samples"]
-            for extension, (offset, size, checksum) in sample["members"].items()
-            if zlib.crc32(data[offset : offset + size]) != checksum
-        ]
         tars.problems.append(f"{path}: the SHA-256 does not match, bytes have changed: {'; '.join(damaged[:5]) or 'outside all members'}")
+        return
+    if damaged:
+        tars.problems.append(
+            f"{path.with_suffix('.json')}: states places or checksums that are not those of {path}: {'; '.join(damaged[:5])}"
+        )
         return
     stated = [
         (f"{sample['key']}.{name}", offset, size)
@@ -261,16 +289,21 @@ def _label_problems(labels: np.ndarray, recipe: IdentityRecipe, motion: int) -> 
 
 def _check_index(folder: Path, manifest: dict[str, Any], check: Check) -> None:
     check.checked += 1
-    content = {
-        "schema": SCHEMA,
-        "config_hash": manifest["config_hash"],
-        "plan": manifest["plan"],
-        "shards": read_sidecars(folder, manifest),
-    }
-    if (folder / "index.json").read_bytes() != json_bytes(content):
-        check.problems.append(
-            f"{folder / 'index.json'}: differs from the sidecars; call the same `headfoundry datagen` command again to rebuild it"
-        )
+    path, shards = folder / "index.json", read_sidecars(folder, manifest)
+    content = {"schema": SCHEMA, "config_hash": manifest["config_hash"], "plan": manifest["plan"], "shards": shards}
+    data = path.read_bytes()
+    if data == json_bytes(content):
+        return
+    try:
+        indexed = json.loads(data)["shards"]
+        pairs = ((family, *pair) for family in FAMILIES for pair in itertools.zip_longest(shards[family], indexed[family]))
+        others = [f"{family}/{mine['shard']:06d}.json" for family, mine, listed in pairs if mine is not None and mine != listed]
+    except (ValueError, LookupError, TypeError):  # no index at all
+        others = []
+    check.problems.append(
+        f"{path}: differs from the sidecars{' ' if others else ''}{', '.join(others[:5])}; "
+        "call the same `headfoundry datagen` command again to rebuild it"
+    )
 
 
 def _check_rendering(config: VerifyRun, plan: Plan, check: Check) -> None:

@@ -30,7 +30,7 @@ from head3d.labels import MOTION_VECTOR_SIZE, unpack_label
 from head3d.pictures import colorize, grid, to_uint8
 from head3d.run import distributed
 from head3d.run.checkpoint import Checkpoint, export_model, latest_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
-from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, to_dict
+from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config_hash, to_dict
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from head3d.run.training import (
@@ -203,7 +203,7 @@ def loss_terms(config: ReconstructorRun, model: Reconstructor, batch: Batch, ima
 def check_data(config: ReconstructorRun, dataset: ShardDataset) -> None:
     """Raise ConfigError where the settings and the shards contradict each other."""
     architecture, where = config.model.architecture, str(config.shards)
-    planned = dataset.manifest["plan"]["frames"]
+    planned = dataset.manifest["plan"]["frames"] - dataset.excluded_count
     if len(dataset.frames) < planned:
         raise ConfigError(
             f"{where}: holds {len(dataset.frames)} of the {planned} frames that it was planned with, and training on it would be another "
@@ -315,8 +315,9 @@ def depth_picture(depth: Tensor, camera: Camera, side: int, box_side: float) -> 
 
 
 def circumstances(dataset: ShardDataset) -> dict[str, Any]:
-    """What the order of samples depends on beside the settings: a set that grew, or lacked shards, has another order."""
-    return {"data": {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames)}}
+    """What the order of samples depends on beside the settings: a set that grew, lacked shards or excludes others has another order."""
+    excluded = config_hash(dataset.excluded.entry())
+    return {"data": {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames), "excluded": excluded}}
 
 
 def save(config: ReconstructorRun, learner: Learner, images_seen: int, state: dict[str, Any]) -> Path:

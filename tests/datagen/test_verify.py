@@ -2,25 +2,37 @@
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
+from datagen.exclusion import Exclusion
 from datagen.generate import generate
-from datagen.reading import write_index
+from datagen.plan import exclude, manifest_text
+from datagen.reading import read_manifest, write_index
 from datagen.shards import shard_path
 from datagen.verify import VerifyRun, verify
 from head3d.run.errors import DataError
 
 
-@pytest.fixture
-def folder(tmp_path, run_of, undisturbed):
-    """A fresh copy of the undamaged set."""
-    out = tmp_path / "set"
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory, undisturbed):
+    """The undamaged set, on disk."""
+    out = tmp_path_factory.mktemp("untouched") / "set"
     for name, data in undisturbed.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return out
+
+
+@pytest.fixture
+def folder(tmp_path, untouched):
+    """A fresh copy of it."""
+    return shutil.copytree(untouched, tmp_path / "set")
 
 
 def outcome(folder, capsys, rerender=0, **settings):
@@ -111,7 +123,7 @@ def test_another_schema_and_a_changed_setting_are_named(folder, capsys):
     assert status == 1 and "dataset.json: expected schema 'headfoundry-shards/1', got 'headfoundry-shards/9'" in said
     path.write_text(text.replace('"truncation_psi": 0.95', '"truncation_psi": 0.5'))
     status, said = outcome(folder, capsys)
-    assert status == 1 and "dataset.json: its settings have the hash" in said
+    assert status == 1 and "dataset.json: its content is not what its content_sha256 was made from" in said
 
 
 def test_an_old_index_is_named(folder, capsys):
@@ -148,6 +160,83 @@ def test_a_generator_that_is_gone_is_a_problem_with_a_remedy(folder, capsys, tmp
     moved = tmp_path / "moved"
     shutil.copytree(generator, moved)
     assert outcome(folder, capsys, rerender=1, generator=moved)[0] == 0
+
+
+def damage_truncate(path, draw):
+    data = path.read_bytes()
+    path.write_bytes(data[: draw(st.integers(0, len(data) - 1))])
+    return [path]
+
+
+def damage_flip(path, draw):
+    data = bytearray(path.read_bytes())
+    data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
+    path.write_bytes(data)
+    return [path]
+
+
+def damage_rename(path, draw):
+    other = path.with_name(draw(st.sampled_from(["000007", "x", ".tmp-00-"])) + path.name)
+    path.rename(other)
+    return [path, other]
+
+
+def damage_remove(path, draw):
+    path.unlink()
+    return [path]
+
+
+def damage_add(path, draw):
+    other = path.with_name(draw(st.sampled_from(["000003.tar", "000003.json", "000000.tar.part", "photograph.jpg"])))
+    shutil.copy(path, other)
+    return [other]
+
+
+def damage_exchange(path, draw):
+    """With another file of the set: a shard's, a family's, or a sidecar for a tar."""
+    other = draw(st.sampled_from(sorted(data for data in path.parent.parent.glob("*/*") if data != path)))
+    one, two = path.read_bytes(), other.read_bytes()
+    path.write_bytes(two)
+    other.write_bytes(one)
+    return [path, other]
+
+
+def damage_folder(path, draw):
+    path.unlink()
+    path.mkdir()
+    return [path]
+
+
+DAMAGES = (damage_truncate, damage_flip, damage_rename, damage_remove, damage_add, damage_exchange, damage_folder)
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_every_sort_of_damage_to_any_file_is_found_and_the_file_is_named(untouched, tmp_path, capsys, data):
+    with tempfile.TemporaryDirectory(dir=tmp_path) as place:
+        folder = shutil.copytree(untouched, Path(place) / "set")
+        everything = sorted(path for path in folder.rglob("*") if path.is_file())
+        shards = [path for path in everything if path.parent != folder]
+        damage = data.draw(st.sampled_from(DAMAGES))
+        touched = damage(data.draw(st.sampled_from(shards if damage is damage_exchange else everything)), data.draw)
+        status, said = outcome(folder, capsys)
+    assert status == 1
+    for path in touched[:1] if touched[0].name == "dataset.json" else touched:  # without it nobody knows what else belongs there
+        assert str(path) in said or f" {path.relative_to(folder)}" in said, f"{path} is not named in:\n{said}"
+
+
+def test_excluded_frames_are_no_damage_and_an_exclusion_of_nothing_is(folder, capsys):
+    exclude(folder, Exclusion(frozenset([2]), frozenset(["0000000001"])))
+    status, said = outcome(folder, capsys, rerender=1)
+    assert status == 0 and "excluded: 1 identities, 1 frames" in said
+    manifest = read_manifest(folder) | {"excluded": {"identities": [5], "frames": ["0000020001", "0000030000"]}}
+    (folder / "dataset.json").write_text(manifest_text(manifest))
+    status, said = outcome(folder, capsys)
+    assert status == 1
+    for stranger in ("identity 5", "frame 0000020001", "frame 0000030000"):
+        assert f"dataset.json: excludes {stranger}, which the set does not have" in said
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):

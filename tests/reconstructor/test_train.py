@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 
-from datagen.plan import open_plan
+from datagen.exclusion import Exclusion
+from datagen.plan import exclude, open_plan
 from datagen.reading import open_dataset
 from genhead.generator import load_genhead
 from head3d.cameras import frontal
@@ -23,7 +25,7 @@ from reconstructor import train as training
 from reconstructor.batches import BatchConfig, BatchStream
 from reconstructor.losses import LossConfig, TermConfig, members_needed
 from reconstructor.model import load_reconstructor
-from reconstructor.train import ReconstructorRun, build, loss_terms, preview_batch, preview_picture, train
+from reconstructor.train import ReconstructorRun, build, check_data, circumstances, loss_terms, preview_batch, preview_picture, train
 
 ALONE = distributed.Process(0, 1, torch.device("cpu"), True)
 
@@ -275,3 +277,16 @@ def test_rays_are_drawn_anew_for_every_step_rank_and_micro_batch(world, tmp_path
     for seen, rank in ((0, 0), (4, 0), (4, 1)):
         training.step(config, one, batch, seen, ALONE._replace(rank=rank))
     assert len(keys) == 6 and len(set(keys)) == 6
+
+
+def test_excluded_frames_are_not_trained_on_and_make_another_run(world, tmp_path):
+    shards = shutil.copytree(world.shards, tmp_path / "shards")
+    whole = open_dataset(shards)
+    frame = next(frame for frame in whole.frames if frame.split == "train")
+    exclude(shards, Exclusion(frames=frozenset([frame.key])))
+    less = open_dataset(shards)
+    check_data(world.run(tmp_path / "run", shards=shards), less)  # complete, though shorter than planned
+    assert frame.key not in {other.key for other in less.frames} and len(less.frames) == len(whole.frames) - 1
+    assert circumstances(less) != circumstances(whole)
+    exclude(shards, Exclusion(frames=frozenset([next(f.key for f in whole.frames if f.key != frame.key)])))
+    assert circumstances(open_dataset(shards)) != circumstances(less)  # as many frames, but not the same

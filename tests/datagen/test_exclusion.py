@@ -1,0 +1,85 @@
+"""Leaving frames out of a data set without touching its tars."""
+
+import json
+
+import pytest
+
+from datagen.exclusion import Exclusion, read_exclusion
+from datagen.generate import generate
+from datagen.plan import exclude, open_plan
+from datagen.reading import open_dataset
+from head3d.run.errors import DataError
+
+# Five identities in three shards: 0 static, 1 dynamic | 2 static, 3 dynamic | 4 static; a dynamic one has two frames
+KEYS = ["0000000000", "0000000001", "0000000002", "0000010000", "0000010001", "0000010002", "0000020000"]
+
+
+@pytest.fixture
+def folder(tmp_path, undisturbed):
+    out = tmp_path / "set"
+    for name, data in undisturbed.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+    return out
+
+
+def listed(tmp_path, text):
+    path = tmp_path / "list.txt"
+    path.write_text(text)
+    return read_exclusion(path)
+
+
+def test_a_list_names_identities_and_frames_with_notes(tmp_path):
+    text = "# seen by me\nidentity 3   # no hair\n\n  frame 0000000001\nidentity 3\n"
+    assert listed(tmp_path, text) == Exclusion(frozenset([3]), frozenset(["0000000001"]))
+    assert listed(tmp_path, "") == Exclusion()
+
+
+@pytest.mark.parametrize("line", ["3", "identity", "identity three", "identity -3", "frame 1 2", "person 3", "identity ²"])
+def test_a_line_that_cannot_be_read_is_named(tmp_path, line):
+    with pytest.raises(DataError, match=r"list.txt, line 2: expected an identity or a frame, got .*write `identity NUMBER` or"):
+        listed(tmp_path, f"identity 1\n{line}\n")
+
+
+def test_readers_leave_out_what_is_excluded_and_no_tar_changes(folder, undisturbed, data_files):
+    exclude(folder, Exclusion(frozenset([3]), frozenset(["0000000001"])))
+    dataset = open_dataset(folder)
+    assert [frame.key for frame in dataset.frames] == ["0000000000", "0000000002", "0000010000", "0000020000"]
+    assert dataset.excluded_count == 3
+    assert {name for name, data in data_files(folder).items() if undisturbed[name] != data} == {"dataset.json"}
+    assert open_plan(folder).hash == json.loads(undisturbed["dataset.json"])["config_hash"]
+
+
+def test_the_list_is_the_whole_truth_so_an_empty_one_brings_everything_back(folder, undisturbed, data_files):
+    exclude(folder, Exclusion(frozenset([3]), frozenset()))
+    exclude(folder, Exclusion(frozenset(), frozenset(["0000020000"])))
+    assert [frame.key for frame in open_dataset(folder).frames] == KEYS[:-1]
+    exclude(folder, Exclusion())
+    assert data_files(folder) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        Exclusion(identities=frozenset([5])),
+        Exclusion(frames=frozenset(["0000020001"])),
+        Exclusion(frames=frozenset(["0000030000"])),
+        Exclusion(frames=frozenset(["20000"])),
+    ],
+)
+def test_what_the_set_does_not_have_cannot_be_excluded(folder, stranger):
+    with pytest.raises(DataError, match="expected identities below 5 and keys of frames of this set, got (identity 5|frame .*)"):
+        exclude(folder, stranger)
+
+
+def test_a_set_that_grows_goes_on_excluding(folder, run_of):
+    exclude(folder, Exclusion(frozenset([3]), frozenset()))
+    assert generate(run_of(folder, identities=7)) == 0
+    assert {frame.identity for frame in open_dataset(folder).frames} == {0, 1, 2, 4, 5, 6}
+
+
+def test_a_malformed_entry_is_an_error(folder):
+    path = folder / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"excluded": {"identities": ["3"], "frames": []}}))
+    with pytest.raises(DataError, match="dataset.json: expected 'excluded' to hold lists 'identities'"):
+        open_dataset(folder)
