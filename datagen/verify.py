@@ -189,7 +189,7 @@ def _check_tar(folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[
     data = path.read_bytes()
     tars.checked += 1
     if len(data) != sidecar["bytes"]:
-        tars.problems.append(f"{path}: expected {sidecar['bytes']} bytes, got {len(data)}: cut short or replaced")
+        tars.problems.append(f"{path}: expected {sidecar['bytes']} bytes, got {len(data)}: cut short or replaced; {remedy(path)}")
         return
     damaged = [
         f"key {sample['key']}, member {extension!r} at byte {offset}"
@@ -198,7 +198,8 @@ def _check_tar(folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[
         if zlib.crc32(data[offset : offset + size]) != checksum
     ]
     if hashlib.sha256(data).hexdigest() != sidecar["sha256"]:
-        tars.problems.append(f"{path}: the SHA-256 does not match, bytes have changed: {'; '.join(damaged[:5]) or 'outside all members'}")
+        places = "; ".join(damaged[:5]) or "outside all members"
+        tars.problems.append(f"{path}: the SHA-256 does not match, bytes have changed: {places}; {remedy(path)}")
         return
     if damaged:
         tars.problems.append(
@@ -218,7 +219,9 @@ def _check_tar(folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[
         return
     if held != stated:
         first = next(pair for pair in itertools.zip_longest(held, stated) if pair[0] != pair[1])
-        tars.problems.append(f"{path}: its members are not those of its sidecar; first difference: {first[0]} where {first[1]} is stated")
+        tars.problems.append(
+            f"{path.with_suffix('.json')}: its members are not those of its tar; first difference: {first[1]} stated, {first[0]} there"
+        )
         return
     for sample in sidecar["samples"]:
         samples.checked += 1
