@@ -26,7 +26,8 @@ from datagen.plan import Plan, manifest_text, versions
 from datagen.reading import read_manifest, read_sidecars
 from datagen.recipes import IdentityRecipe, draw_identity
 from datagen.render import IdentityRenderer, render_frame, reproducible
-from datagen.shards import SCHEMA, read_sidecar, remedy, sample_key, shard_path
+from datagen.shards import SCHEMA, read_sidecar, remedy, sample_key, shard_name, sidecar_name
+from datagen.storage import Storage, open_storage
 from datagen.worker import load_planned_generator
 from head3d.cameras import Camera
 from head3d.image_metrics import PSNR_CEILING_DB, psnr
@@ -44,7 +45,7 @@ SAME_PICTURE_DB = 40.0  # PSNR that counts as the same picture on another proces
 class VerifyRun:
     """Check a folder of shards."""
 
-    folder: tyro.conf.Positional[Path]  # data set to check
+    folder: tyro.conf.Positional[str]  # data set to check: a folder, or a URL that fsspec opens
     rerender: NonNegativeInt = 2  # frames to render again from their recipes and to compare
     generator: Path | None = None  # exported generator, if it is no longer where dataset.json says
 
@@ -64,11 +65,12 @@ def verify(config: VerifyRun) -> int:
 
     Raises DataError if the folder is not there.
     """
-    if not config.folder.is_dir():
-        raise DataError(f"{config.folder}: there is no such folder; give the folder of a data set")
-    checks = check_dataset(config)
+    storage = open_storage(config.folder)
+    if not storage.names(""):
+        raise DataError(f"{storage.where()}: there is no such folder, or nothing in it; give the folder or URL of a data set")
+    checks = check_dataset(storage, config)
     width = max(len(check.name) for check in checks)
-    print(f"{config.folder}\n{'check':<{width}}  {'checked':>8}  {'problems':>8}")
+    print(f"{storage.where()}\n{'check':<{width}}  {'checked':>8}  {'problems':>8}")
     for check in checks:
         print(f"{check.name:<{width}}  {check.checked:>8}  {len(check.problems):>8}  {check.note}".rstrip())
     problems = [problem for check in checks for problem in check.problems]
@@ -78,85 +80,76 @@ def verify(config: VerifyRun) -> int:
     return 1 if problems else 0
 
 
-def check_dataset(config: VerifyRun) -> list[Check]:
-    """All checks of one folder."""
-    settings, files = Check("settings and index"), Check("files there, none foreign")
+def check_dataset(storage: Storage, config: VerifyRun) -> list[Check]:
+    """All checks of one data set."""
+    settings, files = Check("settings and index", checked=1), Check("files there, none foreign")
     tars, samples = Check("tars: SHA-256, members"), Check("samples: type, shape, range, recipe")
     again = Check("rendered again")
     checks = [settings, files, tars, samples, again]
-    settings.checked, path = 1, config.folder / "dataset.json"
     try:
-        manifest = read_manifest(config.folder)
-        if path.read_text(encoding="utf-8") != manifest_text(manifest):
-            raise DataError(f"{path}: its content is not what its content_sha256 was made from; the file was changed, restore it")
-        plan = Plan.from_manifest(manifest, str(path))
-        excluded = Exclusion.from_manifest(manifest, str(path))
+        manifest, plan = _check_settings(storage, settings)
     except FoundryError as error:
         settings.problems.append(str(error))
         for check in checks[1:]:
             check.note = "left out: mend dataset.json first"
         return checks
-    strangers = excluded.strangers(plan.identities, plan.shard_count, plan.shard_frames)
-    settings.problems += [f"{path}: excludes {stranger}, which the set does not have" for stranger in strangers]
-    if any(excluded):
-        settings.note = f"excluded: {len(excluded.identities)} identities, {len(excluded.frames)} frames"
-    whole = _check_files(config.folder, plan, files)
+    there = _check_files(storage, plan, files)
     for shard in progress(range(plan.shard_count), "verify", unit="shard"):
         recipes = {identity: draw_identity(plan.recipe, plan.seed, identity) for identity in plan.shard_identities(shard)}
         for family in plan.families(shard):
-            if (family, shard) in whole:
-                sidecar = _check_sidecar(config.folder, plan, family, shard, recipes, tars)
-                if sidecar is not None:
-                    _check_tar(config.folder, plan, sidecar, recipes, tars, samples)
+            if {shard_name(family, shard), sidecar_name(family, shard)} <= there:
+                try:
+                    sidecar = _checked_sidecar(storage, plan, family, shard, recipes)
+                    _check_tar(storage, plan, sidecar, recipes, tars, samples)
+                except FoundryError as error:
+                    tars.problems.append(str(error))
     if not tars.problems and not files.problems:
-        _check_index(config.folder, manifest, settings)
-        _check_rendering(config, plan, again)
+        _check_index(storage, manifest, settings)
+        _check_rendering(storage, config, plan, again)
     elif config.rerender:
         again.note = "left out: mend the files first"
     return checks
 
 
-def _check_files(folder: Path, plan: Plan, check: Check) -> set[tuple[Family, int]]:
-    """Missing and foreign files. Returns the shards whose tar and sidecar are both there."""
-    whole = set()
-    expected = {"index.json"}
+def _check_settings(storage: Storage, check: Check) -> tuple[dict[str, Any], Plan]:
+    """dataset.json and its plan. Raises FoundryError if they cannot be trusted."""
+    path, manifest = storage.where("dataset.json"), read_manifest(storage)
+    if storage.read("dataset.json") != manifest_text(manifest).encode():
+        raise DataError(f"{path}: its content is not what its content_sha256 was made from; the file was changed, restore it")
+    plan, excluded = Plan.from_manifest(manifest, path), Exclusion.from_manifest(manifest, path)
+    strangers = excluded.strangers(plan.identities, plan.shard_count, plan.shard_frames)
+    check.problems += [f"{path}: excludes {stranger}, which the set does not have" for stranger in strangers]
+    if any(excluded):
+        check.note = f"excluded: {len(excluded.identities)} identities, {len(excluded.frames)} frames"
+    return manifest, plan
+
+
+def _check_files(storage: Storage, plan: Plan, check: Check) -> set[str]:
+    """Missing and foreign files. Returns the names that are there and belong there."""
+    expected = {"dataset.json", "index.json"}
     for shard in range(plan.shard_count):
         for family in plan.families(shard):
-            tar = shard_path(folder, family, shard)
-            pair = (tar, tar.with_suffix(".json"))
-            expected.update(str(path.relative_to(folder)) for path in pair)
-            absent = [path for path in pair if not path.is_file()]
-            check.problems += [f"{path}: missing; call the same `headfoundry datagen` command again" for path in absent]
-            if not absent:
-                whole.add((family, shard))
-    if not (folder / "index.json").is_file():
-        check.problems.append(f"{folder / 'index.json'}: missing; call the same `headfoundry datagen` command again")
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+            expected |= {shard_name(family, shard), sidecar_name(family, shard)}
+    found = {name.removeprefix("/") for folder in ("", *FAMILIES) for name in storage.names(folder)}
+    again = "call the same `headfoundry datagen` command again"
+    check.problems += [f"{storage.where(name)}: missing; {again}" for name in sorted(expected - found)]
     check.problems += [
-        f"{folder / name}: foreign: no file of this data set has this name; move it away"
+        f"{storage.where(name)}: foreign: no file of this data set has this name; move it away"
         for name in sorted(found - expected - {*COMPANIONS, *FAMILIES})
     ]
     check.checked = len(expected)
-    return whole
+    return found & expected
 
 
-def _check_sidecar(
-    folder: Path, plan: Plan, family: Family, shard: int, recipes: dict[int, IdentityRecipe], check: Check
-) -> dict[str, Any] | None:
-    """A sidecar that states what the plan says; None if it does not."""
-    path = shard_path(folder, family, shard).with_suffix(".json")
-    try:
-        sidecar = read_sidecar(folder, family, shard)
-    except DataError as error:
-        check.problems.append(str(error))
-        return None
-    if not all(map(_is_entry, sidecar["samples"])) or path.read_bytes() != json_bytes(sidecar):
-        check.problems.append(f"{path}: not as it was written: bytes have changed; {remedy(path)}")
-        return None
-    for name, value in plan.sidecar_facts(shard).items():
-        if sidecar.get(name) != value:
-            check.problems.append(f"{path}: expected {name} {value}, got {sidecar.get(name)}")
-            return None
+def _checked_sidecar(storage: Storage, plan: Plan, family: Family, shard: int, recipes: dict[int, IdentityRecipe]) -> dict[str, Any]:
+    """A sidecar that states what the plan says. Raises DataError if it does not."""
+    name = sidecar_name(family, shard)
+    path, sidecar = storage.where(name), read_sidecar(storage, family, shard)
+    if not all(map(_is_entry, sidecar["samples"])) or storage.read(name) != json_bytes(sidecar):
+        raise DataError(f"{path}: not as it was written: bytes have changed; {remedy(path)}")
+    for fact, value in plan.sidecar_facts(shard).items():
+        if sidecar.get(fact) != value:
+            raise DataError(f"{path}: expected {fact} {value}, got {sidecar.get(fact)}; {remedy(path)}")
     if family == "identities":
         expected = [{"identity": identity} for identity in recipes]
     else:
@@ -164,10 +157,10 @@ def _check_sidecar(
     expected = [{"key": sample_key(shard, index), **about} for index, about in enumerate(expected)]
     found = [{name: value for name, value in sample.items() if name != "members"} for sample in sidecar["samples"]]
     if found != expected:
-        check.problems.append(
-            f"{path}: its samples are not those of the plan: expected {len(expected)}, got {len(found)}, or others of that number"
+        raise DataError(
+            f"{path}: its samples are not those of the plan: expected {len(expected)}, got {len(found)}, or others of that number; "
+            f"{remedy(path)}"
         )
-        return None
     return sidecar
 
 
@@ -184,13 +177,15 @@ def _about(recipe: IdentityRecipe, motion: int) -> dict[str, Any]:
     return {"identity": recipe.identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": views}
 
 
-def _check_tar(folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[int, IdentityRecipe], tars: Check, samples: Check) -> None:
-    path = shard_path(folder, sidecar["family"], sidecar["shard"])
-    data = path.read_bytes()
+def _check_tar(
+    storage: Storage, plan: Plan, sidecar: dict[str, Any], recipes: dict[int, IdentityRecipe], tars: Check, samples: Check
+) -> None:
+    """One tar against its sidecar, and its samples against the member table and their recipes. Raises DataError for the tar's problem."""
+    family, shard = sidecar["family"], sidecar["shard"]
+    path, data = storage.where(shard_name(family, shard)), storage.read(shard_name(family, shard))
     tars.checked += 1
     if len(data) != sidecar["bytes"]:
-        tars.problems.append(f"{path}: expected {sidecar['bytes']} bytes, got {len(data)}: cut short or replaced; {remedy(path)}")
-        return
+        raise DataError(f"{path}: expected {sidecar['bytes']} bytes, got {len(data)}: cut short or replaced; {remedy(path)}")
     damaged = [
         f"key {sample['key']}, member {extension!r} at byte {offset}"
         for sample in sidecar["samples"]
@@ -199,13 +194,10 @@ def _check_tar(folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[
     ]
     if hashlib.sha256(data).hexdigest() != sidecar["sha256"]:
         places = "; ".join(damaged[:5]) or "outside all members"
-        tars.problems.append(f"{path}: the SHA-256 does not match, bytes have changed: {places}; {remedy(path)}")
-        return
+        raise DataError(f"{path}: the SHA-256 does not match, bytes have changed: {places}; {remedy(path)}")
+    own_path = storage.where(sidecar_name(family, shard))
     if damaged:
-        tars.problems.append(
-            f"{path.with_suffix('.json')}: states places or checksums that are not those of {path}: {'; '.join(damaged[:5])}"
-        )
-        return
+        raise DataError(f"{own_path}: states places or checksums that are not those of its tar: {'; '.join(damaged[:5])}; {remedy(path)}")
     stated = [
         (f"{sample['key']}.{name}", offset, size)
         for sample in sidecar["samples"]
@@ -215,18 +207,14 @@ def _check_tar(folder: Path, plan: Plan, sidecar: dict[str, Any], recipes: dict[
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             held = [(info.name, info.offset_data, info.size) for info in archive]
     except tarfile.TarError as error:
-        tars.problems.append(f"{path}: no tar ({error})")
-        return
+        raise DataError(f"{path}: no tar ({error}); {remedy(path)}") from error
     if held != stated:
-        first = next(pair for pair in itertools.zip_longest(held, stated) if pair[0] != pair[1])
-        tars.problems.append(
-            f"{path.with_suffix('.json')}: its members are not those of its tar; first difference: {first[1]} stated, {first[0]} there"
-        )
-        return
+        there, said = next(pair for pair in itertools.zip_longest(held, stated) if pair[0] != pair[1])
+        raise DataError(f"{own_path}: its members are not those of its tar; first difference: {said} where {there} is; {remedy(path)}")
     for sample in sidecar["samples"]:
         samples.checked += 1
         files = {name: data[offset : offset + size] for name, (offset, size, _) in sample["members"].items()}
-        for problem in _sample_problems(plan, sidecar["family"], sample, files, recipes[sample["identity"]]):
+        for problem in _sample_problems(plan, family, sample, files, recipes[sample["identity"]]):
             samples.problems.append(f"{path}: key {sample['key']}, {problem}")
 
 
@@ -290,17 +278,16 @@ def _label_problems(labels: np.ndarray, recipe: IdentityRecipe, motion: int) -> 
         yield f"member 'label.npy': differs from the recipe by {error:.3g}"
 
 
-def _check_index(folder: Path, manifest: dict[str, Any], check: Check) -> None:
+def _check_index(storage: Storage, manifest: dict[str, Any], check: Check) -> None:
     check.checked += 1
-    path, shards = folder / "index.json", read_sidecars(folder, manifest)
+    path, data, shards = storage.where("index.json"), storage.read("index.json"), read_sidecars(storage, manifest)
     content = {"schema": SCHEMA, "config_hash": manifest["config_hash"], "plan": manifest["plan"], "shards": shards}
-    data = path.read_bytes()
     if data == json_bytes(content):
         return
     try:
         indexed = json.loads(data)["shards"]
         pairs = ((family, *pair) for family in FAMILIES for pair in itertools.zip_longest(shards[family], indexed[family]))
-        others = [f"{family}/{mine['shard']:06d}.json" for family, mine, listed in pairs if mine is not None and mine != listed]
+        others = [storage.where(sidecar_name(family, mine["shard"])) for family, mine, listed in pairs if mine and mine != listed]
     except (ValueError, LookupError, TypeError):  # no index at all
         others = []
     check.problems.append(
@@ -309,7 +296,7 @@ def _check_index(folder: Path, manifest: dict[str, Any], check: Check) -> None:
     )
 
 
-def _check_rendering(config: VerifyRun, plan: Plan, check: Check) -> None:
+def _check_rendering(storage: Storage, config: VerifyRun, plan: Plan, check: Check) -> None:
     """Render frames again, spread over the data set by its own hash, and compare them with what is stored."""
     if not config.rerender:
         check.note = "not asked for"
@@ -321,36 +308,38 @@ def _check_rendering(config: VerifyRun, plan: Plan, check: Check) -> None:
         check.problems.append(f"{error}. Give --generator FOLDER, or --rerender 0 to do without")
         return
     exact, worst = 0, PSNR_CEILING_DB
-    for shard, index in progress(_choose_frames(config.folder, plan, config.rerender), "verify: render", unit="frame"):
-        path = shard_path(config.folder, "frames", shard)
-        sidecar = json.loads(path.with_suffix(".json").read_text())
-        sample, same_stack = sidecar["samples"][index], sidecar.get("versions") == versions(device)
+    for shard, index in progress(_choose_frames(plan, config.rerender), "verify: render", unit="frame"):
+        sidecars = {family: read_sidecar(storage, family, shard) for family in plan.families(shard)}
+        sample = sidecars["frames"]["samples"][index]
         recipe = draw_identity(plan.recipe, plan.seed, sample["identity"])
         with reproducible():
             frame = render_frame(IdentityRenderer(genhead, recipe), plan.render, sample["motion"])
         check.checked += 1
-        places = dict.fromkeys(plan.families(shard), index) | {"identities": sample["identity"] - plan.shard_identities(shard).start}
-        values = dict.fromkeys(plan.families(shard), frame) | {"identities": {"background": frame["background_features"]}}
         stored, made = {}, {}
-        for family in plan.families(shard):
-            entry = json.loads(shard_path(config.folder, family, shard).with_suffix(".json").read_text())["samples"][places[family]]
-            data = shard_path(config.folder, family, shard).read_bytes()
-            stored |= {f"{family}/{name}": data[offset : offset + size] for name, (offset, size, _) in entry["members"].items()}
-            made |= {f"{family}/{name}": value for name, value in encode_sample(family, values[family], plan.scales, plan.shards).items()}
+        for family, sidecar in sidecars.items():
+            of_identity = family == "identities"
+            place = sample["identity"] - plan.shard_identities(shard).start if of_identity else index
+            members = sidecar["samples"][place]["members"]
+            places = {name: (offset, offset + size) for name, (offset, size, _) in members.items()}
+            stored |= {f"{family}/{name}": storage.read(shard_name(family, shard), *place) for name, place in places.items()}
+            values = {"background": frame["background_features"]} if of_identity else frame
+            made |= {f"{family}/{name}": value for name, value in encode_sample(family, values, plan.scales, plan.shards).items()}
         different = sorted(name for name in made if made[name] != stored[name])
         exact += not different
         pictures = [name for name in made if name.startswith("frames/rgb.")]
         quality = min(_psnr(*(decode(side[name], name.removeprefix("frames/")) for side in (made, stored))) for name in pictures)
         worst = min(worst, quality)
+        same_stack = sidecars["frames"].get("versions") == versions(device)
         if different and (same_stack or quality < SAME_PICTURE_DB):
             check.problems.append(
-                f"{path}: key {sample['key']}: rendered again, {', '.join(different[:5])} differ (pictures {quality:.1f} dB, "
+                f"{storage.where(shard_name('frames', shard))}: key {sample['key']}: rendered again, {', '.join(different[:5])} differ "
+                f"(pictures {quality:.1f} dB, "
                 f"{'same program and processor: bit-exact expected' if same_stack else f'expected at least {SAME_PICTURE_DB:g} dB'})"
             )
     check.note = f"{exact} bit-exact" + ("" if exact == check.checked else f", worst picture {worst:.1f} dB")
 
 
-def _choose_frames(folder: Path, plan: Plan, count: int) -> list[tuple[int, int]]:
+def _choose_frames(plan: Plan, count: int) -> list[tuple[int, int]]:
     """(shard, index in it) of frames to render again: drawn by the data set's own hash, so that everybody checks the same."""
     counts = [plan.shard_frames(shard) for shard in range(plan.shard_count)]
     chosen = numpy_generator(plan.hash, "verify").choice(sum(counts), min(count, sum(counts)), replace=False)
