@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genhead.features import Features, frechet_distance, random_convolution_features, reference_statistics, statistics
+from genhead.features import FRECHET_METRICS, Features, chosen_features, frechet_distance, reference_statistics, statistics
 from genhead.generator import GenHead, GenHeadExport, load_genhead
 from genhead.mesh_truth import (
     HeadView,
@@ -55,9 +55,7 @@ from head3d.run.runlog import progress
 from head3d.run.seeding import numpy_generator, torch_generator
 
 AtLeastTwo = Annotated[int, pydantic.Field(ge=2)]  # a covariance needs them
-METRICS = {
-    "frechet": "squared distance of Gaussians of features, lower is better; ceiling: as many other portraits, "
-    "floor: the mean portrait, again and again",
+GEOMETRY_METRICS = {
     "depth": "median error over the visible face, scene units (a third of a metre), lower is better; floor: the best flat face",
     "depth_percent": "the same in % of the head's depth from front to back; floor: as above",
     "silhouette_iou": "opacity > 0.5 against the mesh, higher is better; ceiling: the portraits' mattes, whose hair the mesh lacks too, "
@@ -67,6 +65,7 @@ METRICS = {
     "view": "colour difference of pixels that show the same point in two views, 0 to 1, lower is better; floor: the same pixel of both",
     "view_share": "share of the head's pixels whose depth finds them again in the other view, higher is better",
 }
+METRICS = FRECHET_METRICS | GEOMETRY_METRICS  # of the first, those of the features that are used
 PICTURES = ("first", "turned", "moved")  # of every person: a camera and motion, another camera, another motion
 SHEET_COLUMNS = "first, mesh's face over it, depth minus mesh's (violet near, yellow far), opacity, turned, turned warped to first, moved"
 DEPTH_SHOWN = 0.2  # scene units: end of the colour scale of depth differences
@@ -82,6 +81,7 @@ class GeneratorMeasures:
     sheet_rows: PositiveInt = 6  # people on the picture sheet
     resamples: PositiveInt = 2_000  # of the bootstrap
     batch: PositiveInt = 8  # people rendered together
+    inception: Path | None = None  # weights of Inception-v3 for the Frechet distance (README); None = a fixed random network's features
 
 
 class Evaluation(NamedTuple):
@@ -101,16 +101,15 @@ class Evaluation(NamedTuple):
 def evaluate_generator(
     genhead: GenHead,
     portraits: PortraitSet,
+    features: Features,  # of the Frechet distance
     measures: GeneratorMeasures,
     seed: int,
-    features: Features | None = None,  # None = random_convolution_features()
     cache: Path | None = None,  # folder that keeps the portraits' statistics; None computes them every time
     show_progress: bool = True,
 ) -> Evaluation:
     """Measure. The same seed draws the same people, so checkpoints compare. Raises DataError if there are fewer than 4 portraits."""
     if len(portraits) < 4:
         raise DataError(f"{portraits.path}: expected at least 4 portraits to measure against, got {len(portraits)}; make more")
-    features = features or random_convolution_features()
     labels = torch.from_numpy(portraits.labels())
     count = min(measures.pictures, len(portraits) // 2)  # equal on both sides and for the ceiling: the distance depends on it
     with progress(count + len(PICTURES) * measures.identities, "evaluate", unit="img", enabled=show_progress) as bar:
@@ -118,14 +117,14 @@ def evaluate_generator(
         references = reference_statistics(portraits, count, seed, features, measures.batch, cache)
         records, sheet = _people(genhead, labels, measures, seed, bar.update)
     scores = {
-        "frechet": {
+        features.metric: {
             "ours": _plain(frechet_distance(ours, references.first)),
             "floor": _plain(frechet_distance(references.mean_picture, references.first)),
             "ceiling": _plain(frechet_distance(references.second, references.first)),
         }
     }
     who = torch.tensor([record["identity"] for record in records])
-    for metric in list(METRICS)[1:]:
+    for metric in GEOMETRY_METRICS:
         scores[metric] = {}
         for row, key in (("ours", metric), ("floor", f"{metric}_floor")):
             if key in records[0]:
@@ -305,17 +304,20 @@ def evaluate(config: GeneratorEvaluation) -> int:
     head model or the portraits of another resolution.
     """
     portraits = PortraitSet(config.portraits)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    features = chosen_features(config.measures.inception, device)
+    settings = {key: value for key, value in to_dict(config.measures).items() if key not in ("batch", "inception")}
     record = {
         "generator": exported_hash(config.generator),
         "portraits": config_hash(portraits.metadata),
-        "features": random_convolution_features().name,
-        "settings": {"seed": config.seed} | {key: value for key, value in to_dict(config.measures).items() if key != "batch"},
+        "features": features.name,
+        "settings": {"seed": config.seed} | settings,
     }
     finished = config.out / "evaluation.json"
     if there := read_results(finished, record):
         print(f"{finished}: measured before, with the same settings\n{table(there['scores'])}")
         return 0
-    genhead = load_genhead(config.generator, "cuda" if torch.cuda.is_available() else "cpu")
+    genhead = load_genhead(config.generator, device)
     made_for = load_yaml(GenHeadExport, config.generator / "config.yaml").head_model
     if portraits.metadata.get("head_model", made_for) != made_for:
         raise ConfigError(
@@ -327,7 +329,7 @@ def evaluate(config: GeneratorEvaluation) -> int:
             f"{config.generator} makes {genhead.config.image_resolution} px pictures, {config.portraits} holds {portraits.resolution} px; "
             "give the portraits that it was trained on"
         )
-    found = evaluate_generator(genhead, portraits, config.measures, config.seed, cache=config.out)
+    found = evaluate_generator(genhead, portraits, features, config.measures, config.seed, cache=config.out)
     write_results(config, record, found)
     print(table(found.scores))
     return 0
@@ -355,5 +357,5 @@ def write_results(config: GeneratorEvaluation, record: dict[str, Any], found: Ev
     save_png(config.out / "sheet_generator.png", found.sheet, {"command": "evaluate", "what": "generator", "columns": SHEET_COLUMNS})
     write_csv(config.out / "samples.csv", found.records)
     rows = [{"metric": metric, "row": row, **value} for metric, rows in found.scores.items() for row, value in rows.items()]
-    result = record | {"metrics": METRICS, "scores": found.scores, "rows": rows}
+    result = record | {"metrics": {metric: METRICS[metric] for metric in found.scores}, "scores": found.scores, "rows": rows}
     write_atomic(config.out / "evaluation.json", json.dumps(result, indent=1) + "\n")

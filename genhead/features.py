@@ -1,8 +1,8 @@
-"""The Frechet distance between two sets of pictures, on features that need no download.
+"""The Frechet distance between two sets of pictures, on features that need no download or on Inception's where the user has its weights.
 
-The features are those of a fixed random convolutional network and a thumbnail; they have never seen a photograph, so the number is no
-FID and compares only with itself: same features, resolution and counts. Who has other features (Inception's, say) passes them as
-`Features` to `genhead.evaluate.evaluate_generator`; the command line uses the ones here.
+Without weights the features are those of a fixed random convolutional network and a thumbnail; they have never seen a photograph, so the
+number is no FID and compares only with itself: same features, resolution and counts. Each kind of features gives its number a name of its
+own, and only the network that FID is defined with gives "fid".
 """
 
 from __future__ import annotations
@@ -17,19 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genhead.inception import Network, read_inception
 from genhead.portraits import PortraitSet
 from head3d.run.config import config_hash
-from head3d.run.files import write_atomic
+from head3d.run.files import sha256_of_file, write_atomic
 from head3d.run.seeding import numpy_generator
 
 CHANNELS = 16  # of every layer of the random network
 SMALLEST_PX = 4  # side of its last layer, and of the thumbnail
+_BOUNDS = "lower is better; ceiling: as many other portraits, floor: the mean portrait, again and again"
+FRECHET_METRICS = {
+    "frechet": f"squared distance of Gaussians of features of a fixed random network (no FID), {_BOUNDS}",
+    "fid": f"Frechet Inception distance by pytorch-fid's network and the weights that were given, {_BOUNDS}",
+    "frechet_inception": f"squared distance of Gaussians of torchvision's Inception-v3's features (no FID), {_BOUNDS}",
+}
+_INCEPTION_METRICS: dict[Network, str] = {"fid": "fid", "torchvision": "frechet_inception"}
 
 
 class Features(NamedTuple):
     """How a picture becomes numbers."""
 
-    name: str  # part of the results, and of the name under which reference statistics are kept
+    metric: str  # what a distance on them is called, a key of FRECHET_METRICS
+    name: str  # which they are, to the weights: part of the results, and of the name under which reference statistics are kept
     extract: Callable[[Tensor], Tensor]  # pictures [B, 3, S, S] in [-1, 1] -> [B, F]
 
 
@@ -48,6 +57,16 @@ class References(NamedTuple):
     mean_picture: Statistics  # of the first set's mean, again and again: no covariance
 
 
+def chosen_features(inception: Path | None, device: torch.device | str) -> Features:
+    """Those of Inception-v3 with the weights of a file, computed on `device`, or with None the random network's. Raises AssetError."""
+    if inception is None:
+        return random_convolution_features()
+    network, model = read_inception(inception)
+    model.to(device)
+    name = f"inception-v3-{network}-{sha256_of_file(inception)[:16]}"
+    return Features(_INCEPTION_METRICS[network], name, lambda pictures: model(pictures.to(device)))
+
+
 def random_convolution_features() -> Features:
     """Features of a fixed random network: layers that halve the picture until it is 4 px, and a 4 x 4 thumbnail.
 
@@ -55,7 +74,7 @@ def random_convolution_features() -> Features:
     gives the mean and the standard deviation of every channel over the picture, so all scales count; the thumbnail holds the layout of
     colours. F = 32 log2(S / 4) + 48: 176 at 64 px.
     """
-    return Features("random-convolution-1", _random_convolutions)
+    return Features("frechet", "random-convolution-1", _random_convolutions)
 
 
 def _random_convolutions(pictures: Tensor) -> Tensor:

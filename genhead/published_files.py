@@ -12,11 +12,9 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from head3d.run.errors import AssetError
-from head3d.run.pickles import DAMAGE, Inert, Names, plain_names, read_pickle
+from head3d.run.pickles import DAMAGE, Inert, Names, plain_names, read_pickle, read_torch
 
 NETWORK = "G_ema"  # the averaged generator of a published pickle
 REMEDY = "use a published GenHead .pkl as downloaded, or a .pt or .safetensors file with its tensors by name"
@@ -63,7 +61,7 @@ def read_published(path: Path) -> PublishedFile:
             return PublishedFile(_module_state(generator, path), skipped)
         case ".pt" | ".pth":
             with path.open("rb") as file:
-                content = _weights_only(file, path)
+                content = read_torch(file, path, _NEEDS, REMEDY)
             generator, skipped = _generator(content, path) if isinstance(content, dict) and NETWORK in content else (content, ())
         case ".safetensors":
             try:
@@ -151,7 +149,7 @@ def _names(path: Path) -> Names:
         """torch.storage._load_from_bytes: its elements as a flat tensor."""
         if not isinstance(data, bytes):
             raise pickle.UnpicklingError(f"a storage made of a {type(data).__name__}")
-        content = _weights_only(io.BytesIO(data), path)
+        content = read_torch(io.BytesIO(data), path, _NEEDS, REMEDY)
         if not isinstance(content, torch.storage.TypedStorage):
             raise pickle.UnpicklingError(f"a storage that is a {type(content).__name__}")
         return torch.empty(0, dtype=content.dtype).set_(content._untyped_storage)
@@ -173,23 +171,6 @@ def _names(path: Path) -> Names:
             ("torch", "device"): _text,
         }
     )
-
-
-def _weights_only(file: BinaryIO, path: Path) -> Any:
-    """torch.load of tensors and nothing else. Raises AssetError that names a refused global, or the damage."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's notes on old formats
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch trips over in a damaged stream
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise AssetError(
-                f"{path}: refused to load: a torch stream in it asks for {refused[1]}, but {_NEEDS}; nothing of it was run. "
-                f"Do not use this file; {REMEDY}"
-            ) from None
-        first_line = str(error).strip().split("\n")[0]
-        raise AssetError(f"{path}: not readable tensors of torch ({type(error).__name__}: {first_line}); download it again") from error
 
 
 # A module's state -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from genhead.evaluate import GeneratorMeasures, evaluate_generator
+from genhead.features import chosen_features
 from genhead.game import Game, GameConfig
 from genhead.generator import EXPORT_KIND, GenHeadConfig, GenHeadExport
 from genhead.losses import RegularizerConfig
@@ -119,6 +120,7 @@ def _train(config: GenHeadRun, process: distributed.Process) -> int:
     if process.is_main and pool.mirror_error:
         print(f"{config.out}: {pool.mirror_error}")
     size = config.game.batch
+    features = chosen_features(config.measures.inception, process.device) if config.evaluate_every and process.is_main else None
     with open_run("genhead", config, saved, images_seen, process) as run:
         while images_seen < config.total_images:
             chosen = torch.randint(len(pool), (size,), generator=torch_generator(config.seed, "portraits", images_seen))
@@ -137,9 +139,10 @@ def _train(config: GenHeadRun, process: distributed.Process) -> int:
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
                 for name, picture in sample_pictures(game.averaged, pool.labels, config.seed).items():
                     run.log.image(images_seen, name, picture)
-            if process.is_main and config.evaluate_every and (finished or crossed(images_seen, size, config.evaluate_every)):
+            if features and (finished or crossed(images_seen, size, config.evaluate_every)):
                 kept = config.out / "evaluation"  # the portraits' statistics
-                measured = evaluate_generator(game.averaged, portraits, config.measures, config.seed, cache=kept, show_progress=False)
+                arguments = (portraits, features, config.measures, config.seed)
+                measured = evaluate_generator(game.averaged, *arguments, cache=kept, show_progress=False)
                 run.log.scalars(images_seen, measured.scalars())
                 run.log.image(images_seen, "evaluation", measured.sheet)
             if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):

@@ -13,9 +13,9 @@ import tyro
 from genhead.generator import EXPORT_KIND, GenHead, GenHeadExport
 from genhead.published import HEAD_TABLES
 from genhead.published_config import adopt
-from genhead.published_files import read_published
+from genhead.published_files import REMEDY, read_published
 from head3d.head_model import BUILT_IN, load_head_model
-from head3d.run.checkpoint import export_model
+from head3d.run.checkpoint import export_model, fill_weights
 from head3d.run.errors import AssetError
 from head3d.run.seeding import torch_generator, weights_drawn_from
 
@@ -46,7 +46,7 @@ def main(config: ImportPublished) -> None:
         raise AssetError(f"{where}: expected finite weights, got others in {', '.join(broken[:3])}; download the file again")
     with weights_drawn_from(torch_generator("import-published")):
         genhead = GenHead(network.config, head)
-    genhead.load_weights(weights, where)
+    fill_weights(genhead, weights, where, REMEDY)
     export = GenHeadExport(head_model=config.head_model, head_model_hash=head.content_hash, model=network.config)
     export_model(config.out, genhead.weights(), export, EXPORT_KIND, images_seen=0)
 

@@ -178,16 +178,21 @@ def load_exported(folder: Path | str, config_class: type[Config], kind: str) -> 
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}, config
 
 
-def fill_weights(module: torch.nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Copy a whole state dict into `module`. Raises AssetError naming `where` and the keys or shapes that do not fit."""
+def fill_weights(
+    module: torch.nn.Module, weights: dict[str, Tensor], where: str, remedy: str = "use the config.yaml that lies beside the weights"
+) -> None:
+    """Copy a whole state dict into `module`. Raises AssetError naming `where`, the keys or shapes that do not fit, and the remedy."""
     own = module.state_dict()
     missing, foreign = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} for {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and value.shape != weights[name].shape
+    ]
     if missing or foreign or shapes:
-        raise AssetError(
-            f"{where}: the weights do not fit this configuration: missing {missing[:3]}, unknown {foreign[:3]}, "
-            f"other shapes {shapes[:3]}; use the config.yaml that lies beside the weights"
-        )
+        kinds = (("missing", missing), ("unknown", foreign), ("of other shapes", shapes))
+        found = "; ".join(f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in kinds if names)
+        raise AssetError(f"{where}: the weights do not fit: {found}; {remedy}")
     module.load_state_dict(weights)
 
 

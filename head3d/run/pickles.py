@@ -11,12 +11,14 @@ import math
 import pickle
 import pickletools
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
 from head3d.run.errors import AssetError
 
@@ -198,3 +200,23 @@ def read_pickle(path: Path, names: Names, needs: str, remedy: str) -> Any:
         raise AssetError(f"{path}: could not be read: {error.strerror}; {remedy}") from error
     except DAMAGE as error:
         raise AssetError(f"{path}: not a readable pickle ({type(error).__name__}: {error}); download the file again") from error
+
+
+def read_torch(file: BinaryIO, path: Path, needs: str, remedy: str) -> Any:
+    """torch.load of tensors and nothing else, on the CPU. Raises AssetError that names `path` and the refused global, or the damage.
+
+    `needs` and `remedy` as for `read_pickle`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's notes on old formats
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch trips over in a damaged stream
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise AssetError(
+                f"{path}: refused to load: a torch stream in it asks for {refused[1]}, but {needs}; nothing of it was run. "
+                f"Do not use this file; {remedy}"
+            ) from None
+        first_line = str(error).strip().split("\n")[0]
+        raise AssetError(f"{path}: not readable tensors of torch ({type(error).__name__}: {first_line}); download it again") from error

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from genhead.evaluate import METRICS, GeneratorEvaluation, GeneratorMeasures, evaluate, evaluate_generator
-from genhead.features import Features
+from genhead.evaluate import GEOMETRY_METRICS, GeneratorEvaluation, GeneratorMeasures, evaluate, evaluate_generator
+from genhead.features import Features, random_convolution_features
 from genhead.generator import EXPORT_KIND, GenHead, GenHeadExport
 from genhead.portraits import Portrait, PortraitSet, write_portraits
 from head3d.cameras import orbit
@@ -21,6 +21,7 @@ from head3d.run.errors import ConfigError, DataError
 from pipelines.__main__ import main
 from pipelines.evaluate import OF_GENERATOR, OF_RECONSTRUCTOR, EvaluateRun
 
+RANDOM = random_convolution_features()
 MEASURES = GeneratorMeasures(pictures=4, identities=3, points=50, sheet_rows=2, resamples=20, batch=2)
 
 
@@ -56,8 +57,8 @@ def export(tmp_path_factory, genhead):
 
 
 def test_every_metric_has_its_rows_and_every_picture_a_record(genhead, portraits):
-    found = evaluate_generator(genhead, portraits, MEASURES, seed=0, show_progress=False)
-    assert found.scores.keys() == METRICS.keys()
+    found = evaluate_generator(genhead, portraits, RANDOM, MEASURES, seed=0, show_progress=False)
+    assert found.scores.keys() == {"frechet"} | GEOMETRY_METRICS.keys()
     assert [sorted(rows) for rows in found.scores.values()] == [
         ["ceiling", "floor", "ours"],
         ["floor", "ours"],
@@ -83,14 +84,14 @@ def test_every_metric_has_its_rows_and_every_picture_a_record(genhead, portraits
 
 
 def test_mattes_that_are_full_score_as_a_picture_that_is_opaque_everywhere(genhead, portraits):
-    scores = evaluate_generator(genhead, portraits, dataclasses.replace(MEASURES, identities=8), 0, show_progress=False).scores
+    scores = evaluate_generator(genhead, portraits, RANDOM, dataclasses.replace(MEASURES, identities=8), 0, show_progress=False).scores
     assert scores["silhouette_recall"]["ceiling"]["mean"] == 1
     assert 0.2 < scores["silhouette_iou"]["ceiling"]["mean"] < 0.8
 
 
 def test_the_batch_changes_nothing_and_the_seed_does(genhead, portraits):
     first, second, other = (
-        evaluate_generator(genhead, portraits, dataclasses.replace(MEASURES, batch=batch), seed, show_progress=False)
+        evaluate_generator(genhead, portraits, RANDOM, dataclasses.replace(MEASURES, batch=batch), seed, show_progress=False)
         for batch, seed in ((2, 0), (3, 0), (2, 1))
     )
     for metric, rows in first.scores.items():
@@ -100,9 +101,9 @@ def test_the_batch_changes_nothing_and_the_seed_does(genhead, portraits):
 
 
 def test_own_features_take_the_place_of_the_built_in_ones(genhead, portraits):
-    nothing = Features("nothing", lambda pictures: torch.zeros(len(pictures), 2))
-    scores = evaluate_generator(genhead, portraits, MEASURES, 0, nothing, show_progress=False).scores
-    assert [row["mean"] for row in scores["frechet"].values()] == [0, 0, 0]
+    nothing = Features("fid", "nothing", lambda pictures: torch.zeros(len(pictures), 2))
+    scores = evaluate_generator(genhead, portraits, nothing, MEASURES, 0, show_progress=False).scores
+    assert [row["mean"] for row in scores["fid"].values()] == [0, 0, 0] and "frechet" not in scores
 
 
 def test_the_command_writes_json_csv_and_a_sheet_and_does_not_measure_twice(export, portraits, tmp_path, capsys):
@@ -116,7 +117,7 @@ def test_the_command_writes_json_csv_and_a_sheet_and_does_not_measure_twice(expo
     (tmp_path / "settings.yaml").write_text(json.dumps(settings))  # JSON is YAML
     assert main(["evaluate", "--config", str(tmp_path / "settings.yaml")]) == 0
     printed = capsys.readouterr().out
-    assert all(metric in printed for metric in METRICS)
+    assert all(metric in printed for metric in ("frechet", *GEOMETRY_METRICS))
     out = tmp_path / "out"
     result = json.loads((out / "evaluation.json").read_text())
     assert {"generator", "portraits", "features", "settings", "scores", "rows"} <= result.keys()
@@ -158,7 +159,7 @@ def test_portraits_that_do_not_fit_the_generator_are_refused(export, genhead, po
         evaluate(GeneratorEvaluation(tmp_path / "out", export, tmp_path / "other"))
     _write_portraits(tmp_path / "few", count=3)
     with pytest.raises(DataError, match="at least 4 portraits"):
-        evaluate_generator(genhead, PortraitSet(tmp_path / "few"), MEASURES, 0)
+        evaluate_generator(genhead, PortraitSet(tmp_path / "few"), RANDOM, MEASURES, 0)
     blank = [Portrait(np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8), portraits[i].label) for i in range(4)]
     write_portraits(tmp_path / "small", blank, 16, 4, {})
     with pytest.raises(ConfigError, match="32 px pictures.*16 px"):

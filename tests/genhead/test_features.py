@@ -89,7 +89,7 @@ def portraits(tmp_path) -> PortraitSet:
 
 
 def test_references_are_two_disjoint_sets_and_the_mean_of_the_first(portraits):
-    level = Features("level", lambda pictures: pictures.mean((2, 3)))
+    level = Features("frechet", "level", lambda pictures: pictures.mean((2, 3)))
     found = reference_statistics(portraits, 3, 0, level, batch=2, cache=None)
     total = np.mean([40 * i / 127.5 - 1 for i in range(6)])
     assert (found.first.mean[0] + found.second.mean[0]) / 2 == pytest.approx(total, abs=1e-6)
@@ -99,14 +99,15 @@ def test_references_are_two_disjoint_sets_and_the_mean_of_the_first(portraits):
 
 
 def test_references_are_kept_in_a_file_named_for_what_they_depend_on(portraits, tmp_path):
-    level = Features("level", lambda pictures: pictures.mean((2, 3)))
+    level = Features("frechet", "level", lambda pictures: pictures.mean((2, 3)))
     first = reference_statistics(portraits, 3, 0, level, 2, tmp_path / "kept")
 
     def refuse(pictures):
         raise AssertionError("computed again")
 
-    again = reference_statistics(portraits, 3, 0, Features("level", refuse), 2, tmp_path / "kept")
+    same, another = Features("frechet", "level", refuse), Features("frechet", "other", refuse)
+    again = reference_statistics(portraits, 3, 0, same, 2, tmp_path / "kept")
     assert all(np.array_equal(a.mean, b.mean) and np.array_equal(a.covariance, b.covariance) for a, b in zip(first, again, strict=True))
-    for other in ((3, 1, Features("level", refuse)), (2, 0, Features("level", refuse)), (3, 0, Features("other", refuse))):
+    for other in ((3, 1, same), (2, 0, same), (3, 0, another)):
         with pytest.raises(AssertionError, match="computed again"):
             reference_statistics(portraits, *other, 2, tmp_path / "kept")
