@@ -244,6 +244,8 @@ class RemoteFolder:
 
     def _put(self, local: Path, name: str, size: int) -> None:
         def put(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
+            if self.address.startswith(("http://", "https://")):
+                raise NotImplementedError("places behind plain HTTP are read-only")
             filesystem.put_file(str(local), path)
             there = filesystem.info(path)["size"]
             if there != size:
@@ -301,11 +303,9 @@ class RemoteFolder:
                 return request(filesystem, f"{root}/{name}")
             except FileNotFoundError:
                 raise
-            except (PermissionError, NotImplementedError) as error:
-                raise DataError(
-                    f"{self.where(name)}: could not be {doing}: {error or 'this kind of place cannot do that'}; {_ACCESS}"
-                ) from error
             except Exception as error:  # every protocol has exceptions of its own
+                if _is_final(error):
+                    raise DataError(f"{self.where(name)}: could not be {doing}: {error}; {_ACCESS}") from error
                 if attempt + 1 == self.patience.attempts:
                     raise DataError(
                         f"{self.where(name)}: could not be {doing} in {self.patience.attempts} attempts: {type(error).__name__}: {error}; "
@@ -332,6 +332,12 @@ class RemoteFolder:
 
 def _protocol(url: str) -> str:
     return url.partition("://")[0].rpartition("::")[2]
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether asking again would give the same answer: a refusal, as far as it can be told."""
+    status = getattr(error, "status", None)  # of HTTP; 408 and 429 ask for patience
+    return isinstance(error, (PermissionError, NotImplementedError)) or (status in range(400, 500) and status not in (408, 429))
 
 
 _ACCESS = "check the address, the network, the credentials and what they may do"

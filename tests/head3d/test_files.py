@@ -18,6 +18,7 @@ from head3d.run.files import (
     atomic_path,
     read_results,
     remove_folder,
+    scratch_folder,
     sha256_of_file,
     sweep_temporary,
     write_atomic,
@@ -132,3 +133,26 @@ def test_results_are_read_only_if_they_were_made_from_the_same(tmp_path):
     assert read_results(path, {"seed": 1, "model": "ab"}) == {"seed": 1, "model": "ab", "score": 3.5}
     assert read_results(path, {"seed": 2, "model": "ab"}) is None
     assert read_results(path, {"seed": 1, "other": None, "score": 3}) is None
+
+
+def test_a_scratch_folder_is_gone_after_its_block_whatever_is_in_it(tmp_path):
+    with scratch_folder(tmp_path / "new") as folder:
+        (folder / "a" / "b").mkdir(parents=True)
+        (folder / "a" / "b" / "file").write_text("x")
+        assert folder.parent == tmp_path / "new"
+    assert names(tmp_path / "new") == []
+
+
+def test_scratch_folders_of_killed_processes_are_swept_and_those_in_use_and_new_ones_are_not(tmp_path):
+    code = f"import os, signal\nfrom pathlib import Path\nfrom head3d.run.files import scratch_folder\n" \
+           f"with scratch_folder(Path({str(tmp_path)!r})):\n    os.kill(os.getpid(), signal.SIGKILL)"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    (tmp_path / "headfoundry-mine").mkdir()  # a name of the user's
+    with scratch_folder(tmp_path) as used:
+        assert left.exists(), "it is less than a minute old"
+        for folder in tmp_path.iterdir():
+            os.utime(folder, (0, 0))
+        with scratch_folder(tmp_path):
+            assert not left.exists() and used.exists()
+    assert names(tmp_path) == ["headfoundry-mine"]
