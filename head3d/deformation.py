@@ -48,12 +48,10 @@ class PartOffsets:
     """One part's search set and offsets."""
 
     index: VertexIndex  # over the part's vertices
-    vertex_ids: Tensor  # [n] of the part, in the order of the index
-    targets: Tensor  # [B, N + 1, 3] posed vertices and the padding vertex
-    offsets: Tensor  # [B, N + 1, 3] canonical minus posed
+    rings: Tensor  # [B, n, 6, K] of each of them, itself and its edge neighbours: posed x y z, canonical minus posed x y z
 
     def select(self, rows: list[int]) -> PartOffsets:
-        return PartOffsets(self.index.select(rows), self.vertex_ids, self.targets[rows], self.offsets[rows])
+        return PartOffsets(self.index.select(rows), self.rings[rows])
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,6 @@ class Deformation:
             )  # fmt: skip
         regions = head.regions
         eyes = [unturned[:, ids] for ids in (regions.left_eyeball, regions.right_eyeball)]
-        skin = self._part(unturned, regions.head)
         return PosedHead(
             vertices_posed=posed,
             vertices_without_neck=unturned,
@@ -120,8 +117,8 @@ class Deformation:
             eye_centres=torch.stack([eye.mean(1) for eye in eyes], 1),
             eye_half_sides=torch.stack([(eye.amax(1) - eye.amin(1)) * (config.eye_box_scale / 2) for eye in eyes], 1),
             parts={
-                "head": skin,
-                "eyes": PartOffsets(self._index(unturned, regions.eyeballs), regions.eyeballs, skin.targets, skin.offsets),
+                "head": self._part(unturned, regions.head),
+                "eyes": self._part(unturned, regions.eyeballs),
                 "mouth": self._part(mouth, regions.lips),
             },
         )
@@ -134,20 +131,18 @@ class Deformation:
     @torch.no_grad()
     def to_canonical(self, points: Tensor, posed: PosedHead, part: Part) -> Tensor:
         """Canonical positions [B, M, 3] of points with the neck unturned [B, M, 3], carried by `part` (stage B)."""
-        field, ring = posed.parts[part], self.head.ring
-        nearest = field.vertex_ids[field.index.query(points)]
+        field = posed.parts[part]
+        nearest = field.index.query(points)
         step = POINTS_PER_CHUNK_CUDA if points.device.type == "cuda" else POINTS_PER_CHUNK_CPU
         result = torch.empty_like(points)
         for b in range(points.shape[0]):
             for start in range(0, points.shape[1], step):
                 chunk = slice(start, start + step)
-                neighbours = ring[nearest[b, chunk]]  # [m, K]
-                around = field.targets[b][neighbours]
-                distance = (points[b, chunk, None] - around).square().sum(-1)
-                weights = 1.0 / (distance + 1e-10)
-                weights = weights / weights.sum(-1, keepdim=True)
-                offset = (weights[..., None] * field.offsets[b][neighbours]).sum(1)
-                result[b, chunk] = points[b, chunk] + offset
+                around, offsets = field.rings[b].index_select(0, nearest[b, chunk]).split(3, dim=1)  # [m, 3, K] each
+                away = around - points[b, chunk, :, None]
+                weights = (away.square_().sum(1) + 1e-10).reciprocal_()
+                weighted = torch.bmm(offsets, weights[:, :, None])[..., 0]
+                torch.add(points[b, chunk], weighted / weights.sum(-1, keepdim=True), out=result[b, chunk])
         return result
 
     @torch.no_grad()
@@ -159,7 +154,6 @@ class Deformation:
     def _part(self, targets: Tensor, vertex_ids: Tensor) -> PartOffsets:
         padding = targets.new_full((targets.shape[0], 1, 3), PADDING_POSITION)
         offsets = torch.cat([self.head.canonical_vertices - targets, torch.zeros_like(padding)], 1)
-        return PartOffsets(self._index(targets, vertex_ids), vertex_ids, torch.cat([targets, padding], 1), offsets)
-
-    def _index(self, targets: Tensor, vertex_ids: Tensor) -> VertexIndex:
-        return VertexIndex(targets[:, vertex_ids])
+        table = torch.cat([torch.cat([targets, padding], 1), offsets], 2)  # [B, N + 1, 6]
+        rings = table[:, self.head.ring[vertex_ids]].transpose(2, 3).contiguous()
+        return PartOffsets(VertexIndex(targets[:, vertex_ids]), rings)

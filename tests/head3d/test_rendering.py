@@ -110,6 +110,23 @@ def test_rendering_without_importance_samples_and_with_unequal_counts_works():
         assert out.depths.shape[-1] == 32 + extra and abs(out.depth.item() - 3.7) < 0.06
 
 
+def test_both_passes_are_composited_in_the_order_of_their_distances():
+    """The colours are never sorted: the integral must still be the one over all samples in order."""
+
+    def field(points: torch.Tensor) -> FieldSamples:
+        colors = torch.stack([(9 * points[..., 2]).sin(), points[..., 2].square()], dim=-1)
+        return FieldSamples(colors, 3 * (7 * points[..., 2]).cos())
+
+    origins = torch.tensor([[[0.0, 0.0, 4.0], [0.0, 0.0, 3.9]]])
+    directions = torch.tensor([[[0.0, 0.0, -1.0]]]).expand(1, 2, 3)
+    near, far = torch.tensor([3.35]), torch.tensor([4.65])
+    out = render_rays(field, origins, directions, near, far, RaySampling(9, 7), torch.Generator().manual_seed(0))
+    sorted_samples = field(origins[:, :, None] + out.depths[..., None] * directions[:, :, None])
+    expected = composite(sorted_samples.colors, sorted_samples.raw_density, out.depths, far)
+    for name in ("colors", "depth", "transmittance", "weights", "raw_density"):
+        torch.testing.assert_close(getattr(out, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
 def test_fewer_than_two_samples_are_refused():
     with pytest.raises(ValueError, match="at least 2"):
         RaySampling(depth_samples=1)
