@@ -21,11 +21,12 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from datagen.labels import SampleError
 from datagen.members import FAMILIES, ShardConfig
 from datagen.plan import GeneratorFacts, Plan, claim_folder, shard_is_done
 from datagen.reading import write_index
 from datagen.recipes import RecipeConfig
-from datagen.render import RenderConfig, SampleError, dataset_scales
+from datagen.render import RenderConfig, dataset_scales
 from datagen.storage import open_storage
 from datagen.worker import ShardMaker, ShardReport
 from genhead.generator import GenHeadExport

@@ -1,4 +1,4 @@
-"""What a sample holds: the table of members, and values to bytes and back.
+"""What a sample holds: its members, and values to bytes and back. Members that can be chosen are in `datagen.labels`.
 
 Three families of tars hold the members of a frame: `frames` (pictures, labels, opacity, parts), `labels` (what training from exact
 labels compares with) and `identities` (once per identity). A member is a picture, an array (.npy) or JSON; arrays of a bounded
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ import simplejpeg
 from PIL import Image
 
 from head3d.run.config import PositiveInt
+from head3d.run.errors import DataError
 
 Family = Literal["frames", "labels", "identities"]
 FAMILIES: tuple[Family, ...] = ("frames", "labels", "identities")
@@ -46,39 +48,52 @@ class Scales:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One entry of a sample. Shapes: V views, S picture side, R rendering side, C features, P plane features, N points."""
+    """One entry of a sample. Shapes: V views, S picture side, R rendering side, C features, P plane features, T plane side, N points."""
 
     family: Family
     name: str  # what readers ask for; {view} stands for 0 .. V-1
     kind: Literal["picture", "array", "json"]  # encoding: jpg or png, npy, UTF-8 JSON
     dtype: str  # as stored
     shape: tuple[str | int, ...]
-    scale: Literal["none", "unit", "depth", "box"]  # what integers stand for: [0, 1], [near, far], the box
-    note: str
+    scale: Literal["none", "unit", "signed", "depth", "box"]  # what integers stand for: [0, 1], [-1, 1], [near, far], the box
+    unit: str  # of the numbers as they are read
+    note: str  # what they say, and in which space
+    limits: tuple[float, float] | None = None  # of the stored numbers, where they are narrower than those of their type
+
+    @property
+    def asked(self) -> str:
+        """The name by which readers ask for it; members of an identity begin with 'identity.'."""
+        return f"identity.{self.name}" if self.family == "identities" else self.name
 
     def extension(self, image_format: str) -> str:
         """The member's name in the tar, after the sample's key."""
         return {"picture": f"{self.name}.{image_format}", "array": f"{self.name}.npy", "json": "json"}[self.kind]
 
 
-MEMBERS: tuple[Member, ...] = (
-    Member("frames", "rgb.{view}", "picture", "uint8", ("S", "S", 3), "none", "final picture of each view"),
-    Member("frames", "opacity", "array", "uint8", ("V", "R", "R"), "unit", "1 - transmittance"),
-    Member("frames", "parts", "array", "uint8", ("V", "R", "R"), "none", "mesh seen: 0 none, 1 skin, 2 eye, 3 mouth"),
-    Member("frames", "label", "array", "float32", ("V", 437), "none", "camera 25, shape 300, expression 100, neck 3, jaw 3, eyes 6"),
-    Member("frames", "background", "picture", "uint8", ("R", "R", 3), "none", "background colours"),
-    Member("frames", "json", "json", "", (), "none", "who, which motion, split, seed, draws: enough to render it again"),
-    Member("labels", "depth", "array", "uint16", ("V", "R", "R"), "depth", "distance along the unit ray, scene units; far where empty"),
-    Member("labels", "foreground", "array", "float16", ("V", "C", "R", "R"), "none", "features before the background, premultiplied"),
-    Member("labels", "points", "array", "uint16", ("V", "N", 3), "box", "coarse-pass points, observation space, scene units"),
-    Member("labels", "point_features", "array", "float16", ("V", "N", "P"), "none", "head planes T_h at the points' canonical positions"),
-    Member("identities", "background", "array", "float16", ("C", "R", "R"), "none", "background features, [0, 1]"),
+def member_entries(members: Sequence[Member]) -> list[dict[str, Any]]:
+    """The table as dataset.json states it, so that a set is read by what it says itself."""
+    return [dataclasses.asdict(member) | {"shape": list(member.shape)} for member in members]
+
+
+def read_member_entries(entries: Sequence[dict[str, Any]], where: str) -> dict[str, Member]:
+    """Inverse of `member_entries`, by the names that readers ask for. Raises DataError if an entry is not of a member."""
+    try:
+        members = [
+            Member(**entry | {"shape": tuple(entry["shape"]), "limits": entry["limits"] and tuple(entry["limits"])}) for entry in entries
+        ]
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{where}: expected the table of members, but an entry is of another form ({error}); restore the file") from error
+    return {member.asked: member for member in members}
+
+
+ALWAYS: tuple[Member, ...] = (
+    Member("frames", "rgb.{view}", "picture", "uint8", ("S", "S", 3), "none", "colour", "final picture of each view"),
+    Member(
+        "frames", "label", "array", "float32", ("V", 437), "none", "scene units, radians",
+        "camera 25, shape 300, expression 100, neck 3, jaw 3, eyes 6",
+    ),
+    Member("frames", "json", "json", "", (), "none", "", "who, which motion, split, seed, draws: enough to render it again"),
 )  # fmt: skip
-
-
-def members_of(family: Family) -> tuple[Member, ...]:
-    """The family's rows of the table."""
-    return tuple(member for member in MEMBERS if member.family == family)
 
 
 # Values <-> stored numbers ------------------------------------------------------------------------------------------------
@@ -89,12 +104,13 @@ def quantise(values: np.ndarray, member: Member, scales: Scales) -> np.ndarray:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError(f"{member.name} holds {np.count_nonzero(~np.isfinite(values))} numbers that are not finite")
     if member.scale != "none":
-        low, high = _range(member, scales)
-        steps = np.iinfo(member.dtype).max
-        values = np.rint((values.astype(np.float64) - low) * (steps / (high - low)))
-        if values.size and (values.min() < -1 or values.max() > steps + 1):
-            raise ValueError(f"{member.name} must lie in [{low:g}, {high:g}], got steps {values.min():g} to {values.max():g} of {steps}")
-        values = np.clip(values, 0, steps)
+        low, high, first, last = _range(member, scales)
+        values = np.rint((values.astype(np.float64) - low) * ((last - first) / (high - low)) + first)
+        if values.size and (values.min() < first - 1 or values.max() > last + 1):
+            raise ValueError(
+                f"{member.name} must lie in [{low:g}, {high:g}], got steps {values.min():g} to {values.max():g} of {first} to {last}"
+            )
+        values = np.clip(values, first, last)
     with np.errstate(over="ignore"):  # checked in the next line
         stored = values.astype(member.dtype)
     if member.dtype == "float16" and not np.isfinite(stored).all():
@@ -105,36 +121,38 @@ def quantise(values: np.ndarray, member: Member, scales: Scales) -> np.ndarray:
 def dequantise(stored: np.ndarray, member: Member, scales: Scales) -> np.ndarray:
     """Inverse of `quantise`: float32 where the numbers stand for a quantity, as stored for pictures and part numbers."""
     if member.scale != "none":
-        low, high = _range(member, scales)
-        return stored.astype(np.float32) * np.float32((high - low) / np.iinfo(member.dtype).max) + np.float32(low)
+        low, high, first, last = _range(member, scales)
+        step = (high - low) / (last - first)
+        return stored.astype(np.float32) * np.float32(step) + np.float32(low - first * step)
     return stored.astype(np.float32) if stored.dtype.kind == "f" else stored
 
 
-def _range(member: Member, scales: Scales) -> tuple[float, float]:
+def _range(member: Member, scales: Scales) -> tuple[float, float, int, int]:
+    """(lowest, highest value, the integers that stand for them); zero is exact where the range is signed."""
+    last = int(np.iinfo(member.dtype).max)
     match member.scale:
         case "unit":
-            return 0.0, 1.0
+            return 0.0, 1.0, 0, last
+        case "signed":
+            return -1.0, 1.0, -last, last
         case "depth":
-            return scales.near, scales.far
+            return scales.near, scales.far, 0, last
         case "box":
-            return -scales.box_side / 2, scales.box_side / 2
+            return -scales.box_side / 2, scales.box_side / 2, 0, last
         case _:
             raise ValueError(f"no range belongs to scale {member.scale!r}")
 
 
-def encode_sample(family: Family, values: dict[str, Any], scales: Scales, config: ShardConfig) -> dict[str, bytes]:
-    """One sample's members as bytes by extension. `values` has an entry for each member name (`rgb` is [V, S, S, 3]).
-
-    An array without a single number (no plane points asked for) is left out, so that readers see that there is no such label.
-    Raises ValueError if a value is out of range (see `quantise`).
+def encode_sample(members: Sequence[Member], values: dict[str, Any], scales: Scales, config: ShardConfig) -> dict[str, bytes]:
+    """One sample's members as bytes by extension; all of one family. `values` has an entry by the name that readers ask for, but the
+    pictures of all views, [V, S, S, 3], are under `rgb`. Raises ValueError if a value is out of range (see `quantise`).
     """
     files = {}
-    for member in members_of(family):
+    for member in members:
         if member.kind == "json":
             files["json"] = json_bytes(values["json"])
         elif member.kind == "array":
-            if values[member.name].size:
-                files[member.extension("")] = _npy(quantise(values[member.name], member, scales))
+            files[member.extension("")] = _npy(quantise(values[member.asked], member, scales))
         else:
             name = member.name.removesuffix(".{view}")
             pictures = values[name] if "{view}" in member.name else values[name][None]

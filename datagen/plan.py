@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from datagen.exclusion import Exclusion
-from datagen.members import FAMILIES, Family, Scales, ShardConfig, json_bytes
+from datagen.labels import members_of
+from datagen.members import FAMILIES, Family, Member, Scales, ShardConfig, json_bytes, member_entries
 from datagen.reading import read_manifest
-from datagen.recipes import RecipeConfig, deciding_settings, frame_count
+from datagen.recipes import KINDS, Kind, RecipeConfig, deciding_settings, frame_count
 from datagen.render import RenderConfig
 from datagen.shards import SCHEMA, read_sidecar, shard_name, sidecar_name
 from datagen.storage import Storage, open_storage
@@ -76,7 +77,24 @@ class Plan:
     def families(self, shard: int) -> tuple[Family, ...]:
         """The families that a shard has."""
         labelled = shard < math.ceil(self.labels_share * self.shard_count - 1e-9)
-        return tuple(family for family in FAMILIES if family != "labels" or labelled)
+        held = {member.family for kind in KINDS for member in self.members(kind)}
+        return tuple(family for family in FAMILIES if family in held and (family != "labels" or labelled))
+
+    def members(self, kind: Kind, family: Family | None = None) -> tuple[Member, ...]:
+        """What samples of identities of one kind hold, of one family or of all."""
+        return members_of(self.render.labels_of(kind), family)
+
+    def sizes(self, kind: Kind) -> dict[str, int]:
+        """What the letters in the members' shapes stand for; all but V, which is the sample's number of views."""
+        model = self.generator.settings
+        return {
+            "S": model["image_resolution"],
+            "R": model["render_resolution"],
+            "C": model["feature_channels"],
+            "P": model["plane_channels"],
+            "T": model["plane_resolution"],
+            "N": self.render.points,
+        }
 
     def settings(self) -> dict[str, Any]:
         """What decides bytes, and nothing else."""
@@ -120,6 +138,7 @@ class Plan:
             "depth": {"near": self.scales.near, "far": self.scales.far},
             "box_side": self.scales.box_side,
             "units": _UNITS,
+            "members": member_entries(members_of(name for kind in KINDS for name in self.render.labels_of(kind))),
             "split_rule": f"{self.recipe.split_rule}: {self.recipe.val_share:g} of the identities val, {self.recipe.test_share:g} test",
             "versions": versions(self.device),
             "excluded": Exclusion().entry(),

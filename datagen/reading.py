@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datagen.exclusion import Exclusion
-from datagen.members import FAMILIES, MEMBERS, Family, Member, Scales, decode, dequantise, json_bytes
+from datagen.members import FAMILIES, Family, Scales, decode, dequantise, json_bytes, read_member_entries
 from datagen.shards import SCHEMA, check_schema, read_sidecar, remedy, shard_name, sidecar_name
 from datagen.storage import LocalFolder, Storage, open_storage
 from head3d.run.errors import DataError
@@ -51,6 +51,7 @@ class ShardDataset:
     def __init__(self, storage: Storage, manifest: dict[str, Any], sidecars: dict[Family, list[dict[str, Any]]], checksums: bool) -> None:
         self.storage, self.manifest, self.checksums = storage, manifest, checksums
         self.scales = Scales(manifest["depth"]["near"], manifest["depth"]["far"], manifest["box_side"])
+        self._members = read_member_entries(manifest["members"], storage.where("dataset.json"))
         self._image_format = manifest["settings"]["shards"]["image_format"]
         self._bytes = {shard_name(family, sidecar["shard"]): sidecar["bytes"] for family in FAMILIES for sidecar in sidecars[family]}
         self.excluded = Exclusion.from_manifest(manifest, storage.where("dataset.json"))
@@ -71,7 +72,7 @@ class ShardDataset:
         if name not in entry.members:
             raise DataError(
                 f"{self.storage.where()}: frame {entry.key} has no member {name!r}; it has {', '.join(sorted(entry.members))}. "
-                "Generate the data with labels (--labels_share 1), or do without"
+                "Generate the data with that label (--render.labels, --labels_share 1), or do without"
             )
         tar, offset, size = entry.members[name]
         path = self.storage.where(tar)
@@ -79,7 +80,7 @@ class ShardDataset:
         where = f"{path}: key {entry.key}, member {name!r} at byte {offset}"
         if self.checksums and zlib.crc32(data) != entry.checksums[name]:
             raise DataError(f"{where}: the checksum does not match, so bytes have changed; {remedy(path)}")
-        member = _MEMBER_OF["rgb.{view}" if name.startswith("rgb.") else name]
+        member = self._members["rgb.{view}" if name.startswith("rgb.") else name]
         try:
             value = decode(data, member.extension(self._image_format))
         except ValueError as error:
@@ -231,6 +232,3 @@ def asked_name(family: Family, extension: str) -> str:
     """The name by which readers ask for a member: 'rgb.0.jpg' is 'rgb.0'; members of an identity begin with 'identity.'."""
     name = extension if extension == "json" else extension.rpartition(".")[0]
     return f"identity.{name}" if family == "identities" else name
-
-
-_MEMBER_OF: dict[str, Member] = {("identity." if member.family == "identities" else "") + member.name: member for member in MEMBERS}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from head3d.run.seeding import numpy_generator
 STUDIO_TARGET_XY, STUDIO_RADIUS = 0.03, (3.74, 4.45)  # the limits inside `draw_label`, scene units
 
 Kind = Literal["static", "dynamic"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Split = Literal["train", "val", "test"]
 Source = Literal["parametric", "studio", "sample-sets"]
 

@@ -7,7 +7,7 @@ the generator and `RenderConfig` alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,40 +15,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datagen.labels import DEFAULT_LABELS, LABELS, Label, LabelName, SampleError, Seen, Values, members_of
 from datagen.members import Scales
-from datagen.recipes import IdentityRecipe, RecipeConfig, camera_distances
+from datagen.recipes import IdentityRecipe, Kind, RecipeConfig, camera_distances
 from genhead.generator import GenHead, GenHeadOutput
 from head3d.cameras import Camera
 from head3d.deformation import PosedHead
 from head3d.labels import Motion, pack_label
 from head3d.pictures import to_uint8
-from head3d.rendering import HeadImages, RaySampling
-from head3d.run.config import NonNegativeInt, PositiveInt
-from head3d.run.errors import DataError
+from head3d.rendering import RaySampling
+from head3d.run.config import PositiveInt
 from head3d.run.seeding import torch_generator
+
+_NOT_FINITE = "the generator's {} holds numbers that are not finite; look at the generator's checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
 class RenderConfig:
     """How frames are rendered. Everything here changes bytes."""
 
-    points: NonNegativeInt = 4000  # plane points a view, published; 0 leaves them out
+    labels: tuple[LabelName, ...] = DEFAULT_LABELS  # what frames carry beside pictures and the 437 numbers
+    points: PositiveInt = 4000  # plane points a view, published; for the label planepoints
     jitter: bool = True  # ray samples are jittered, as published; false renders at bin centres
     views_at_once: PositiveInt = 5  # views of a motion in one batch: memory against speed; other batches round differently
 
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels: expected each label once, got {' '.join(self.labels)}")
+        object.__setattr__(self, "labels", tuple(name for name in LABELS if name in self.labels))  # their order decides nothing
 
-class SampleError(DataError):
-    """The generator made a frame that cannot be used, for example one with numbers that are not finite.
-
-    `identity` and `motion` say which; they travel with the error from one process to another.
-    """
-
-    def __init__(self, message: str, identity: int, motion: int) -> None:
-        super().__init__(message)
-        self.identity, self.motion = identity, motion
-
-    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
-        return type(self), (str(self), self.identity, self.motion)
+    def labels_of(self, kind: Kind) -> tuple[LabelName, ...]:
+        """The labels that frames of a kind carry."""
+        return self.labels
 
 
 def dataset_scales(recipes: RecipeConfig, sampling: RaySampling) -> Scales:
@@ -94,9 +92,9 @@ class IdentityRenderer:
 
 @dataclasses.dataclass(frozen=True)
 class RenderedIdentity:
-    """Arrays by the names of the member table; maps are floats, pictures uint8."""
+    """Arrays by the names that readers ask for, pictures uint8; the pictures of all views are `rgb` [V, S, S, 3]."""
 
-    background: np.ndarray  # [C, R, R] features in [0, 1]
+    shared: dict[str, np.ndarray]  # what all its pictures share
     frames: list[dict[str, Any]]  # one for each motion
 
 
@@ -104,7 +102,18 @@ def render_identity(genhead: GenHead, recipe: IdentityRecipe, config: RenderConf
     """All frames of one identity with their labels. Raises SampleError if a frame cannot be used."""
     renderer = IdentityRenderer(genhead, recipe)
     frames = [render_frame(renderer, config, index) for index in range(len(recipe.motions))]
-    return RenderedIdentity(background=frames[0].pop("background_features"), frames=frames)
+    return RenderedIdentity(shared=render_shared(renderer, config), frames=frames)
+
+
+@torch.no_grad()
+def render_shared(renderer: IdentityRenderer, config: RenderConfig) -> dict[str, np.ndarray]:
+    """The identity's own members. Raises SampleError if one cannot be used."""
+    recipe, values = renderer.recipe, {}
+    for label in _labels(config, recipe):
+        if label.compute_shared is not None:
+            values |= label.compute_shared(renderer)
+    where = f"identity {recipe.identity} of seed {recipe.seed}"
+    return _as_arrays(values, lambda problem: SampleError(f"{where}: {problem}", recipe.identity, 0))
 
 
 def frame_facts(recipe: IdentityRecipe, motion: int) -> dict[str, Any]:
@@ -123,97 +132,53 @@ def frame_facts(recipe: IdentityRecipe, motion: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def render_frame(renderer: IdentityRenderer, config: RenderConfig, index: int) -> dict[str, Any]:
-    """One motion of an identity with all its views; beside the frame's members, `background_features` [C, R, R] of the identity."""
+    """One motion of an identity with all its views and labels. Raises SampleError if it cannot be used."""
     recipe, (motion, cameras, _) = renderer.recipe, renderer.recipe.motions[index]
     posed = renderer.pose(motion)
     rays = torch_generator(recipe.seed, "rays", recipe.identity, index, device=renderer.device) if config.jitter else None
     parts = []
     for first in range(0, cameras.shape[0], config.views_at_once):
         chunk = cameras[first : first + config.views_at_once]
-        parts.append(_render_views(renderer, config, posed, chunk, rays, index, first))
-    frame = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        output = renderer.render(posed, chunk, rays)
+        where = f"identity {recipe.identity} of seed {recipe.seed}, motion {index}, views {first} to {first + len(chunk) - 1}"
+        camera = Camera.from_label(chunk.to(renderer.device))
+        parts.append(_views(config, Seen(renderer, index, posed, camera, first, output, config.points, where)))
+    varying = {member.asked for member in members_of(config.labels_of(recipe.kind)) if "V" in member.shape} | {"rgb"}
+    frame = {name: np.concatenate([part[name] for part in parts]) if name in varying else value[0] for name, value in parts[0].items()}
     views = cameras.shape[0]
     frame["label"] = pack_label(
         Camera.from_label(cameras), recipe.shape.expand(views, -1), motion.repeat_interleave(views)
     ).numpy()  # fmt: skip
-    frame["background"] = frame["background"][0]  # the background does not depend on the camera
-    frame["background_features"] = frame["background_features"][0]
     frame["json"] = frame_facts(recipe, index)
     return frame
 
 
-def _render_views(
-    renderer: IdentityRenderer,
-    config: RenderConfig,
-    posed: PosedHead,
-    cameras: Tensor,
-    rays: torch.Generator | None,
-    motion: int,
-    first: int,
-) -> dict[str, np.ndarray]:
-    """Arrays [V, ...] of some views of one motion; `first` is the number of the first."""
-    output = renderer.render(posed, cameras, rays)
-    images = output.images
-    arrays = {
-        "image": images.image,
-        "opacity": images.opacity[:, 0],
-        "depth": images.depth[:, 0],
-        "foreground": images.foreground,
-        "background_features": (images.background + 1) / 2,
-    }
-    recipe = renderer.recipe
-    where = f"identity {recipe.identity} of seed {recipe.seed}, motion {motion}, views {first} to {first + len(cameras) - 1}"
-    for name, tensor in arrays.items():
-        if not torch.isfinite(tensor).all():
-            message = f"{where}: the generator's {name} holds numbers that are not finite; look at the generator's checkpoint"
-            raise SampleError(message, recipe.identity, motion)
-    result = {name: tensor.float().cpu().numpy() for name, tensor in arrays.items() if name != "image"}
-    result["rgb"] = to_uint8(images.image)
-    result["background"] = to_uint8(images.background[:, :3])
-    result["parts"] = _parts(images)
-    result["points"], result["point_features"] = _plane_points(renderer, config, posed, output, motion, first, where)
-    return result
+def _views(config: RenderConfig, seen: Seen) -> dict[str, np.ndarray]:
+    """Arrays [V, ...] of some views of one motion."""
+    image = seen.output.images.image
+    if not torch.isfinite(image).all():
+        raise seen.error(_NOT_FINITE.format("picture"))
+    values: Values = {"rgb": to_uint8(image)}
+    for label in _labels(config, seen.renderer.recipe):
+        if label.compute is not None:
+            values |= label.compute(seen)
+    return _as_arrays(values, seen.error)
 
 
-def _parts(images: HeadImages) -> np.ndarray:
-    """Part numbers [V, R, R]: 0 none, 1 skin, 2 eye, 3 mouth, where at least half of a pixel is covered."""
-    parts = (images.head_mask >= 0.5).to(torch.uint8)
-    parts[images.eye_mask >= 0.5] = 2
-    parts[images.mouth_mask >= 0.5] = 3
-    return parts[:, 0].cpu().numpy()
+def _labels(config: RenderConfig, recipe: IdentityRecipe) -> list[Label]:
+    return [LABELS[name] for name in config.labels_of(recipe.kind)]
 
 
-def _plane_points(
-    renderer: IdentityRenderer, config: RenderConfig, posed: PosedHead, output: GenHeadOutput, motion: int, first: int, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Points [V, N, 3] on the coarse pass and the head planes' features there [V, N, C] (section 5, "Tri-plane samples").
-
-    As published, points whose part weight (eyes, mouth) is above zero are left out. Unlike there, so are points outside the box:
-    tri-planes read zero there. Points are rounded to the 16-bit steps in which they are stored before the features are read.
-    """
-    views, box = output.images.image.shape[0], renderer.genhead.config.sampling.box_side
-    coarse = output.passes[0]
-    points = coarse.points.reshape(views, -1, 3)
-    allowed = ((coarse.part_weight.reshape(views, -1) == 0) & (points.abs() <= box / 2).all(-1)).cpu().numpy()
-    chosen = np.empty((views, config.points), np.int64)
-    for view in range(views):
-        places = np.flatnonzero(allowed[view])
-        if len(places) < config.points:
-            raise SampleError(
-                f"{where}: only {len(places)} ray samples are in the box and outside eyes and mouth, {config.points} are asked for; "
-                "set --render.points lower",
-                renderer.recipe.identity,
-                motion,
-            )
-        chosen[view] = renderer.recipe.stream("points", motion, first + view).choice(places, config.points, replace=False)
-    step = box / 65535
-    index = torch.from_numpy(chosen).to(points.device)[..., None].expand(-1, -1, 3)
-    points = ((points.gather(1, index) + box / 2) / step).round().clamp(0, 65535) * step - box / 2
-    repeated = posed.expand_views(views)
-    without_neck = renderer.genhead.deformation.remove_neck(points, repeated)
-    planes = renderer.planes.expand(views, *renderer.planes.shape[1:])
-    features = renderer.genhead.sample_head_features(planes, without_neck, repeated)
-    return points.float().cpu().numpy(), features.float().cpu().numpy()
+def _as_arrays(values: Values, error: Callable[[str], SampleError]) -> dict[str, np.ndarray]:
+    """On the CPU; raises what `error` makes of a problem if a number is not finite."""
+    arrays = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            value = (value.float() if value.is_floating_point() else value).cpu().numpy()
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise error(_NOT_FINITE.format(name))
+        arrays[name] = value
+    return arrays
 
 
 @contextmanager

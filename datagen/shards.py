@@ -26,7 +26,7 @@ from datagen.members import Family, json_bytes
 from datagen.storage import Storage, open_storage
 from head3d.run.errors import DataError
 
-SCHEMA = "headfoundry-shards/1"
+SCHEMA = "headfoundry-shards/2"
 _BLOCK = 512  # of a tar file; every header here fits one
 
 

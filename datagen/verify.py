@@ -21,11 +21,11 @@ import torch
 import tyro
 
 from datagen.exclusion import Exclusion
-from datagen.members import FAMILIES, Family, Member, decode, encode_sample, json_bytes, members_of
+from datagen.members import FAMILIES, Family, Member, decode, encode_sample, json_bytes
 from datagen.plan import Plan, manifest_text, versions
 from datagen.reading import read_manifest, read_sidecars
 from datagen.recipes import IdentityRecipe, draw_identity
-from datagen.render import IdentityRenderer, render_frame, reproducible
+from datagen.render import IdentityRenderer, render_frame, render_shared, reproducible
 from datagen.shards import SCHEMA, read_sidecar, remedy, sample_key, shard_name, sidecar_name
 from datagen.storage import Storage, open_storage
 from datagen.worker import load_planned_generator
@@ -220,19 +220,9 @@ def _check_tar(
 
 def _sample_problems(plan: Plan, family: Family, sample: dict[str, Any], files: dict[str, bytes], recipe: IdentityRecipe) -> Iterator[str]:
     """What is wrong with one sample of the family, by the member table."""
-    model = plan.generator.settings
-    sizes = {
-        "V": sample.get("views"),
-        "S": model["image_resolution"],
-        "R": model["render_resolution"],
-        "C": model["feature_channels"],
-        "P": model["plane_channels"],
-        "N": plan.render.points,
-    }
+    sizes = plan.sizes(recipe.kind) | {"V": sample.get("views")}
     expected: dict[str, Member] = {}
-    for member in members_of(family):
-        if 0 in (sizes.get(side) for side in member.shape):
-            continue  # no plane points were asked for
+    for member in plan.members(recipe.kind, family):
         extension = member.extension(plan.shards.image_format)
         for view in range(sample["views"] if "{view}" in extension else 1):
             expected[extension.format(view=view)] = member
@@ -254,10 +244,9 @@ def _sample_problems(plan: Plan, family: Family, sample: dict[str, Any], files: 
             yield f"member {extension!r}: expected {member.dtype} {shape}, got {value.dtype} {value.shape}"
         elif value.dtype.kind == "f" and not np.isfinite(value).all():
             yield f"member {extension!r}: it holds numbers that are not finite"
-        elif member.name == "parts" and value.max(initial=0) > 3:
-            yield f"member {extension!r}: expected part numbers 0 to 3, got {value.max()}"
-        elif member.name in ("foreground", "background") and member.kind == "array" and (value.min() < -0.01 or value.max() > 1.01):
-            yield f"member {extension!r}: expected features in [0, 1], got {value.min():.3g} to {value.max():.3g}"
+        elif member.limits is not None and value.size and (value.min() < member.limits[0] or value.max() > member.limits[1]):
+            low, high = member.limits
+            yield f"member {extension!r}: expected numbers in [{low:g}, {high:g}], got {value.min():.3g} to {value.max():.3g}"
         elif member.name == "label":
             yield from _label_problems(value, recipe, sample["motion"])
 
@@ -313,7 +302,8 @@ def _check_rendering(storage: Storage, config: VerifyRun, plan: Plan, check: Che
         sample = sidecars["frames"]["samples"][index]
         recipe = draw_identity(plan.recipe, plan.seed, sample["identity"])
         with reproducible():
-            frame = render_frame(IdentityRenderer(genhead, recipe), plan.render, sample["motion"])
+            renderer = IdentityRenderer(genhead, recipe)
+            frame, shared = render_frame(renderer, plan.render, sample["motion"]), render_shared(renderer, plan.render)
         check.checked += 1
         stored, made = {}, {}
         for family, sidecar in sidecars.items():
@@ -322,8 +312,8 @@ def _check_rendering(storage: Storage, config: VerifyRun, plan: Plan, check: Che
             members = sidecar["samples"][place]["members"]
             places = {name: (offset, offset + size) for name, (offset, size, _) in members.items()}
             stored |= {f"{family}/{name}": storage.read(shard_name(family, shard), *place) for name, place in places.items()}
-            values = {"background": frame["background_features"]} if of_identity else frame
-            made |= {f"{family}/{name}": value for name, value in encode_sample(family, values, plan.scales, plan.shards).items()}
+            encoded = encode_sample(plan.members(recipe.kind, family), shared if of_identity else frame, plan.scales, plan.shards)
+            made |= {f"{family}/{name}": value for name, value in encoded.items()}
         different = sorted(name for name in made if made[name] != stored[name])
         exact += not different
         pictures = [name for name in made if name.startswith("frames/rgb.")]

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from datagen.labels import SampleError
 from datagen.members import FAMILIES, Family, encode_sample
 from datagen.plan import Plan, versions
-from datagen.recipes import draw_identity
-from datagen.render import SampleError, render_identity, reproducible
-from datagen.shards import sample_key, write_shard
+from datagen.recipes import IdentityRecipe, draw_identity
+from datagen.render import RenderedIdentity, render_identity, reproducible
+from datagen.shards import ShardWriter, sample_key, write_shard
 from datagen.storage import Storage
 from genhead.generator import GenHead, load_genhead
 from head3d.run.checkpoint import exported_hash
 from head3d.run.errors import AssetError
+
+AHEAD = 2  # identities that may wait to be encoded and written: a renderer never waits for a JPEG, and memory stays bounded
 
 
 class ShardReport(NamedTuple):
@@ -33,26 +39,19 @@ class ShardReport(NamedTuple):
 def make_shard(genhead: GenHead, out: Storage, plan: Plan, shard: int) -> ShardReport:
     """Render, encode and commit one shard: identities and labels first, frames last. The bytes depend on plan and shard alone.
 
-    Raises SampleError if a frame cannot be used, DataError if it cannot be written; then nothing of this shard's frames is committed.
+    One thread encodes and writes identities in their order while the next ones are rendered. Raises SampleError if a frame cannot be
+    used, DataError if it cannot be written; then nothing of this shard's frames is committed.
     """
     started, families = time.monotonic(), plan.families(shard)
     facts = plan.sidecar_facts(shard) | {"versions": versions(plan.device)}
     with reproducible(), contextlib.ExitStack() as stack:
-        # A stack closes in reverse order: frames are entered first and committed last.
+        # A stack closes in reverse order: the thread ends first; frames are entered before the other families and committed last.
         writers = {family: stack.enter_context(write_shard(out, family, shard, facts)) for family in FAMILIES if family in families}
+        thread = stack.enter_context(OrderedThread(AHEAD))
         for index, identity in enumerate(plan.shard_identities(shard)):
             recipe = draw_identity(plan.recipe, plan.seed, identity)
             rendered = render_identity(genhead, recipe, plan.render)
-            about = {"identity": identity}
-            writers["identities"].add(
-                sample_key(shard, index), _encode("identities", {"background": rendered.background}, plan, about), about
-            )
-            for motion, frame in enumerate(rendered.frames):
-                key = sample_key(shard, len(writers["frames"].samples))
-                about = {"identity": identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": len(frame["rgb"])}
-                for family in ("frames", "labels"):
-                    if family in writers:
-                        writers[family].add(key, _encode(family, frame, plan, about), about)
+            thread.put(_pack, writers, plan, shard, index, recipe, rendered)
     return ShardReport(
         shard=shard,
         frames=len(writers["frames"].samples),
@@ -91,9 +90,53 @@ def load_planned_generator(plan: Plan, folder: Path, device: str) -> GenHead:
     return genhead
 
 
-def _encode(family: Family, values: dict, plan: Plan, about: dict) -> dict[str, bytes]:
-    try:
-        return encode_sample(family, values, plan.scales, plan.shards)
-    except ValueError as error:
-        identity, motion = about["identity"], about.get("motion", 0)
-        raise SampleError(f"identity {identity} of seed {plan.seed}, motion {motion}: {error}", identity, motion) from error
+def _pack(
+    writers: dict[Family, ShardWriter], plan: Plan, shard: int, index: int, recipe: IdentityRecipe, rendered: RenderedIdentity
+) -> None:
+    """Encode and write one identity, number `index` of its shard. Every family has all its samples, some of them without members."""
+
+    def add(family: Family, key: str, values: dict[str, Any], about: dict[str, Any]) -> None:
+        if family not in writers:
+            return
+        try:
+            files = encode_sample(plan.members(recipe.kind, family), values, plan.scales, plan.shards)
+        except ValueError as error:
+            motion = about.get("motion", 0)
+            message = f"identity {recipe.identity} of seed {plan.seed}, motion {motion}: {error}"
+            raise SampleError(message, recipe.identity, motion) from error
+        writers[family].add(key, files, about)
+
+    add("identities", sample_key(shard, index), rendered.shared, {"identity": recipe.identity})
+    for motion, frame in enumerate(rendered.frames):
+        key = sample_key(shard, len(writers["frames"].samples))
+        about = {"identity": recipe.identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": len(frame["rgb"])}
+        for family in ("frames", "labels"):
+            add(family, key, frame, about)
+
+
+class OrderedThread:
+    """One thread that does what it is given, in order, while its owner goes on; at most `ahead` tasks wait. Use as a context manager.
+
+    An error of a task is raised by a later `put`, or at the end of the block; the tasks behind it are then dropped.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self._ahead = ahead
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pack")
+        self._pending: collections.deque[Future] = collections.deque()
+
+    def put(self, task: Callable[..., None], *arguments: Any) -> None:
+        """Hand over a task; waits while `ahead` of them are unfinished."""
+        while self._pending and (len(self._pending) >= self._ahead or self._pending[0].done()):
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(task, *arguments))
+
+    def __enter__(self) -> OrderedThread:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while kind is None and self._pending:
+                self._pending.popleft().result()
+        finally:
+            self._thread.shutdown(wait=True, cancel_futures=True)

@@ -81,6 +81,7 @@ class GenHeadOutput:
 
     images: HeadImages
     passes: tuple[FieldPass, ...]  # coarse, then importance samples
+    field: PartField  # the field itself, for labels that ask it about further points
 
 
 class GenHead(nn.Module):
@@ -156,7 +157,7 @@ class GenHead(nn.Module):
         rendered = render_rays(field, origins, directions, near, far, config.sampling, generator)
         images = compose_pictures(rendered, background, side, self.superresolution)
         images = dataclasses.replace(images, eye_mask=masks.eye, mouth_mask=masks.mouth, head_mask=masks.head)
-        return GenHeadOutput(images, tuple(field.passes))
+        return GenHeadOutput(images, tuple(field.passes), field)
 
     def sample_head_features(self, planes: Tensor, points_without_neck: Tensor, posed: PosedHead) -> Tensor:
         """Features [B, N, C] of the head planes T_h at the canonical positions of points [B, N, 3] (the plane-point label)."""

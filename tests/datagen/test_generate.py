@@ -17,11 +17,11 @@ import torch
 from datagen import generate as farm
 from datagen import worker
 from datagen.generate import generate, make_plan
+from datagen.labels import SampleError
 from datagen.plan import open_plan
 from datagen.reading import open_dataset
-from datagen.render import RenderConfig, SampleError
+from datagen.render import RenderConfig
 from datagen.shards import _HashedStream, shard_path
-from datagen.verify import VerifyRun, verify
 from head3d.run.config import save_yaml
 from head3d.run.errors import AssetError, ConfigError, DataError
 
@@ -165,14 +165,6 @@ def test_only_the_first_share_of_the_shards_carries_labels(tmp_path, run_of):
     assert sorted(path.name for path in (out / "labels").glob("*.tar")) == ["000000.tar", "000001.tar"]
     dataset = open_dataset(out)
     assert ["depth" in entry.members for entry in dataset.frames] == [True] * 6 + [False]
-
-
-def test_without_plane_points_there_are_no_such_members_and_verify_agrees(tmp_path, run_of):
-    out = tmp_path / "set"
-    generate(run_of(out, identities=2, render=RenderConfig(points=0)))
-    members = set(open_dataset(out).frames[0].members)
-    assert "depth" in members and not members & {"points", "point_features"}
-    assert verify(VerifyRun(out)) == 0
 
 
 def test_a_damaged_plan_is_rebuilt_as_its_message_says(tmp_path, run_of, data_files, undisturbed):

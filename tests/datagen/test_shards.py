@@ -12,7 +12,8 @@ import pytest
 import webdataset
 
 import head3d.run.files
-from datagen.members import MEMBERS, Scales, ShardConfig, decode, dequantise, encode_sample, quantise
+from datagen.labels import DEFAULT_LABELS, members_of
+from datagen.members import Scales, ShardConfig, decode, dequantise, encode_sample, member_entries, quantise
 from datagen.reading import asked_name, open_dataset, read_manifest, write_index
 from datagen.shards import SCHEMA, read_sidecar, sample_key, shard_path, write_shard
 from head3d.run.errors import DataError
@@ -20,7 +21,8 @@ from head3d.run.errors import DataError
 SCALES = Scales(near=3.0, far=5.0, box_side=1.3)
 CONFIG = ShardConfig(identities_per_shard=2)
 VIEWS, SIDE, RAYS, CHANNELS, POINTS = 2, 16, 8, 4, 5
-MEMBER = {f"{member.family}.{member.name}": member for member in MEMBERS}
+MEMBERS = {family: members_of(DEFAULT_LABELS, family) for family in ("frames", "labels", "identities")}
+MEMBER = {f"{member.family}.{member.name}": member for members in MEMBERS.values() for member in members}
 
 
 def frame(identity, motion):
@@ -51,6 +53,7 @@ def write_dataset(folder, shards=2, config=CONFIG, motions=2):
         "plan": {"shards": shards},
         "depth": {"near": SCALES.near, "far": SCALES.far},
         "box_side": SCALES.box_side,
+        "members": member_entries(members_of(DEFAULT_LABELS)),
         "settings": {"shards": {"image_format": config.image_format}},
     }
     folder.mkdir(exist_ok=True)
@@ -61,12 +64,12 @@ def write_dataset(folder, shards=2, config=CONFIG, motions=2):
             with write_shard(folder, family, shard, {"config_hash": manifest["config_hash"]}) as writer:
                 for index, identity in enumerate(people):
                     if family == "identities":
-                        values = {"background": identity_background(identity)}
-                        writer.add(sample_key(shard, index), encode_sample(family, values, SCALES, config), {"identity": identity})
+                        values = {"identity.background": identity_background(identity)}
+                        writer.add(sample_key(shard, index), encode_sample(MEMBERS[family], values, SCALES, config), {"identity": identity})
                     for motion in range(motions if family != "identities" else 0):
                         about = {"identity": identity, "motion": motion, "kind": "dynamic", "split": "train", "views": VIEWS}
                         key = sample_key(shard, index * motions + motion)
-                        writer.add(key, encode_sample(family, frame(identity, motion), SCALES, config), about)
+                        writer.add(key, encode_sample(MEMBERS[family], frame(identity, motion), SCALES, config), about)
     write_index(folder)
     return folder
 
@@ -293,7 +296,7 @@ def test_a_missing_member_is_an_error_that_lists_what_is_there(folder):
 def test_damaged_bytes_of_every_encoding_are_a_value_error(extension, kept):
     """Readers and `verify` turn it into a message with file, key and member."""
     config = ShardConfig(image_format="png" if extension.endswith("png") else "jpg")
-    data = encode_sample("frames", frame(0, 0), SCALES, config)[extension]
+    data = encode_sample(MEMBERS["frames"], frame(0, 0), SCALES, config)[extension]
     decode(data, extension)
     with pytest.raises(ValueError):
         decode(data[: int(kept * len(data)) if isinstance(kept, float) else min(kept, len(data) - 1)], extension)
@@ -323,15 +326,10 @@ def test_a_quality_that_no_jpeg_has_is_refused():
         ShardConfig(jpeg_quality=101)
 
 
-def test_an_array_without_numbers_is_left_out():
-    values = frame(0, 0) | {"points": np.empty((VIEWS, 0, 3)), "point_features": np.empty((VIEWS, 0, CHANNELS))}
-    assert sorted(encode_sample("labels", values, SCALES, CONFIG)) == ["depth.npy", "foreground.npy"]
-
-
 def test_another_schema_is_refused(folder):
     path = folder / "dataset.json"
     path.write_text(path.read_text().replace(SCHEMA, "somebody-elses/3"))
-    with pytest.raises(DataError, match=r"dataset.json: expected schema 'headfoundry-shards/1', got 'somebody-elses/3'"):
+    with pytest.raises(DataError, match=r"dataset.json: expected schema 'headfoundry-shards/2', got 'somebody-elses/3'"):
         open_dataset(folder)
 
 
@@ -352,7 +350,7 @@ def test_a_folder_without_a_dataset_says_so(tmp_path):
 
 def test_an_error_while_writing_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError), write_shard(tmp_path, "frames", 0, {}) as writer:
-        writer.add("0000000000", encode_sample("frames", frame(0, 0), SCALES, CONFIG), {})
+        writer.add("0000000000", encode_sample(MEMBERS["frames"], frame(0, 0), SCALES, CONFIG), {})
         raise RuntimeError("the generator failed")
     assert list((tmp_path / "frames").iterdir()) == []
 
@@ -369,7 +367,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_nothing_half_written(tmp_path
     message = r"frames/000000.tar: could not be written: No space left on device.*free space"
     with pytest.raises(DataError, match=message), write_shard(tmp_path, "frames", 0, {}) as writer:
         for index in range(40):
-            writer.add(f"{index:010d}", encode_sample("frames", frame(0, 0), SCALES, CONFIG), {})
+            writer.add(f"{index:010d}", encode_sample(MEMBERS["frames"], frame(0, 0), SCALES, CONFIG), {})
     assert list((tmp_path / "frames").iterdir()) == []
 
 
@@ -379,5 +377,5 @@ def test_a_disk_that_fills_at_the_last_flush_leaves_no_sidecar(tmp_path, monkeyp
 
     monkeypatch.setattr(head3d.run.files.os, "fsync", full)
     with pytest.raises(DataError, match="No space left"), write_shard(tmp_path, "frames", 0, {}) as writer:
-        writer.add("0000000000", encode_sample("frames", frame(0, 0), SCALES, CONFIG), {})
+        writer.add("0000000000", encode_sample(MEMBERS["frames"], frame(0, 0), SCALES, CONFIG), {})
     assert list((tmp_path / "frames").iterdir()) == []

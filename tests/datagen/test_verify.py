@@ -118,9 +118,9 @@ def test_a_tar_of_another_data_set_is_named(folder, tmp_path, capsys, run_of):
 def test_another_schema_and_a_changed_setting_are_named(folder, capsys):
     path = folder / "dataset.json"
     text = path.read_text()
-    path.write_text(text.replace("headfoundry-shards/1", "headfoundry-shards/9"))
+    path.write_text(text.replace("headfoundry-shards/2", "headfoundry-shards/9"))
     status, said = outcome(folder, capsys)
-    assert status == 1 and "dataset.json: expected schema 'headfoundry-shards/1', got 'headfoundry-shards/9'" in said
+    assert status == 1 and "dataset.json: expected schema 'headfoundry-shards/2', got 'headfoundry-shards/9'" in said
     path.write_text(text.replace('"truncation_psi": 0.95', '"truncation_psi": 0.5'))
     status, said = outcome(folder, capsys)
     assert status == 1 and "dataset.json: its content is not what its content_sha256 was made from" in said

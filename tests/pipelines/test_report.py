@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datagen.members import Scales, ShardConfig, encode_sample
+from datagen.labels import DEFAULT_LABELS, members_of
+from datagen.members import Scales, ShardConfig, encode_sample, member_entries
 from datagen.shards import SCHEMA, write_shard
 from head3d.run.errors import DataError
 from pipelines.report import ReportRun, main
@@ -24,6 +25,7 @@ def write_shards(folder, labels):
         "plan": {"shards": 1},
         "depth": {"near": SCALES.near, "far": SCALES.far},
         "box_side": SCALES.box_side,
+        "members": member_entries(members_of(DEFAULT_LABELS)),
         "settings": {"shards": {"image_format": "png"}},
     }
     (folder / "dataset.json").write_text(json.dumps(manifest))
@@ -46,7 +48,9 @@ def write_shards(folder, labels):
     about = {"identity": 0, "motion": 0, "kind": "static", "split": "train", "views": VIEWS}
     for family in ("labels", "frames") if labels else ("frames",):
         with write_shard(folder, family, 0, {"config_hash": manifest["config_hash"]}) as writer:
-            writer.add("0000000000", encode_sample(family, values, SCALES, ShardConfig(image_format="png")), about)
+            writer.add(
+                "0000000000", encode_sample(members_of(DEFAULT_LABELS, family), values, SCALES, ShardConfig(image_format="png")), about
+            )
 
 
 def page(folder):
