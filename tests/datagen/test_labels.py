@@ -223,7 +223,7 @@ def test_depth_is_the_distance_of_the_mesh_along_the_ray(mesh_frame):
     inside, camera, _ = on_the_face(renderer, frame, vertices)
     truth = mesh_view(renderer.genhead.head_model, vertices, camera, frame["depth"].shape[-1]).distance[:, 0]
     error = (torch.from_numpy(frame["depth"]) - truth)[inside].abs()
-    assert inside.sum() > 200 and error.median() < 0.008 and error.quantile(0.95) < 0.025  # of rays that end 0.65 behind the head
+    assert inside.sum() > 200 and error.median() < 0.008 and error.quantile(0.8) < 0.012  # of rays that end 0.65 behind the head
 
 
 def test_normals_are_the_meshs_outward_normals_in_world_axes(mesh_frame):
