@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from datagen.dispatch import Dispatch
+from datagen.labels import SampleError
 from datagen.ledger import Ledger
-from datagen.render import SampleError
 from datagen.worker import Introduction, ShardMaker, ShardReport
 from head3d.run.errors import DataError, FoundryError
 
@@ -34,7 +34,7 @@ class Post(NamedTuple):
     """A sort of worker."""
 
     arguments: tuple[Any, ...]  # of ShardMaker
-    wanted: int | None  # how many; None: as many as the cluster has room for
+    wanted: int | None  # how many; None: as many as the cluster has room for, now and later
     cpus: float  # reserved by each
     gpus: float
 
@@ -45,8 +45,8 @@ class _Hand:
 
     post: Post
     actor: Any
+    node: Any  # Ray's id of its node, once introduced
     name: str = ""  # host:process, once introduced
-    node: str = ""  # Ray's id of its node
     accepted: bool = False  # gets shards; one that was refused keeps its place, so that the next is not put there
     shards: list[int] = dataclasses.field(default_factory=list)  # in its hands, oldest first
     failures: int = 0  # in a row
@@ -87,17 +87,15 @@ class Crew:
                 self._ray.kill(hand.actor)
 
     def _hire(self, unfinished: int) -> None:
+        ray = self._ray
         for post in self._posts:
             there = sum(hand.post is post for hand in self._hands)
             working = sum(hand.post is post and hand.accepted for hand in self._hands)
             wanted = 2 * working + 1 if post.wanted is None else post.wanted  # an open number doubles while there is room
             for _ in range(min(wanted, unfinished) - there):
-                actor = (
-                    self._ray.remote(ShardMaker)
-                    .options(num_cpus=post.cpus, num_gpus=post.gpus, max_restarts=0, max_task_retries=0)
-                    .remote(*post.arguments)
-                )
-                hand = _Hand(post, actor)
+                settings = {"num_cpus": post.cpus, "num_gpus": post.gpus, "max_restarts": 0, "max_task_retries": 0}
+                actor = ray.remote(ShardMaker).options(**settings).remote(*post.arguments)
+                hand = _Hand(post, actor, node=actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
                 self._hands.add(hand)
                 self._arriving[actor.introduce.remote(self._probe)] = hand
 
@@ -117,8 +115,8 @@ class Crew:
         """A worker has arrived, or died on the way."""
         hand, ray = self._arriving.pop(reference), self._ray
         try:
-            introduction = ray.get(reference)
-            hand.name, hand.node = introduction.name, introduction.node
+            introduction, hand.node = ray.get([reference, hand.node])
+            hand.name = introduction.name
             self._accept(introduction)
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, FoundryError):
@@ -157,7 +155,7 @@ class Crew:
             ledger.record(shard, attempt, hand.name, cause, reason, given_up)
             if given_up and not isinstance(cause, SampleError):
                 raise cause from None
-            hand.failures += 1
+            hand.failures += isinstance(cause, SampleError) or not isinstance(cause, FoundryError)  # what another process may do better
             if hand.failures >= FAILURES_IN_A_ROW:
                 self._part_with(hand)
         except ray.exceptions.RayError as error:  # the process or the machine is gone, or the way to it
@@ -187,8 +185,8 @@ class Crew:
     def _say_what_is_missing(self) -> None:
         if any(hand.accepted for hand in self._hands):
             return
-        if not self._arriving:
-            raise DataError("workers: none is left, and each that joined was refused; see the messages above")
+        if self._hands and not self._arriving:
+            raise DataError("workers: none is left but such that were refused, as is said above")
         if self._alone_since is not None and time.monotonic() - self._alone_since > PATIENCE_S:
             needs = " or ".join(f"{post.cpus:g} CPU and {post.gpus:g} GPU" for post in self._posts)
             has = self._ray.cluster_resources()

@@ -12,32 +12,35 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
+from datagen.crew import Crew, Post
+from datagen.dispatch import Dispatch
 from datagen.labels import SampleError
+from datagen.ledger import LEDGER, Ledger
 from datagen.members import FAMILIES, ShardConfig
-from datagen.plan import GeneratorFacts, Plan, claim_folder, shard_is_done
+from datagen.plan import GeneratorFacts, Plan, check_folder, claim_folder, differences, shard_is_done
 from datagen.reading import write_index
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig, dataset_scales
-from datagen.storage import open_storage
-from datagen.worker import ShardMaker, ShardReport
+from datagen.shards import read_sidecar
+from datagen.storage import LocalFolder, Storage, open_storage
+from datagen.worker import Introduction, ShardMaker, ShardReport
 from genhead.generator import GenHeadExport
 from head3d.head_model import load_head_model
 from head3d.run.checkpoint import exported_hash
-from head3d.run.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, load_yaml, to_dict
-from head3d.run.errors import ConfigError, FoundryError
+from head3d.run.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, load_yaml, to_dict
+from head3d.run.errors import ConfigError
+from head3d.run.files import TEMPORARY_PREFIX
 from head3d.run.runlog import progress
-
-IN_FLIGHT = 2  # calls a worker is given at once: it never waits for the driver, and little is repeated when it dies
-RETRIES = 3  # of a shard whose worker died
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +51,24 @@ class DatagenRun:
     generator: Path = Path("runs/genhead/export")  # exported generator (made by the genhead command)
     identities: PositiveInt = 10_000  # people; this many fixed ones train as well as endless ones (Lp3D, arXiv:2305.02310)
     seed: NonNegativeInt = 0  # of every draw
-    workers: NonNegativeInt = 1  # Ray worker processes; 0 renders in this process, without Ray
-    address: str | None = None  # Ray cluster: "auto" or host:port; none starts a local one for this run
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where workers render; bytes are equal among machines of one kind
-    gpus_per_worker: NonNegativeFloat = 1.0  # share of a GPU that each worker reserves when it renders on CUDA
+    workers: NonNegativeInt | Literal["auto"] = 1  # Ray workers; auto: as many as there is room for, also when nodes join; 0: no Ray
+    address: str | None = None  # Ray cluster: "auto", host:port or ray://host:port; none starts a local one for this run
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where workers render; auto: on GPUs if there are any
+    gpus_per_worker: PositiveFloat = 1.0  # share of a GPU that each worker reserves when it renders on CUDA
+    cpu_workers: NonNegativeInt = 0  # workers on CPUs beside those on GPUs; their last bits differ, so this needs mixed
+    mixed: bool = False  # let devices, processors and package versions join that differ from those the set was begun with
     object_store_mb: PositiveInt = 128  # memory of the local Ray's object store; only reports pass through it
-    max_failures: PositiveInt = 10  # stop early once this many shards have failed
+    attempts: PositiveInt = 3  # of a shard that fails, each by another worker where there is one, before it is given up
+    failure_share: Fraction = 0.05  # of the plan's shards that may be given up; the run stops when there are more
     labels_share: Fraction = 1.0  # of the shards, the first ones, that carry depth, features and plane points
     licence: str = "not stated; the licences of the generator, its head model and its portraits apply"  # written into dataset.json
     recipe: RecipeConfig = RecipeConfig()  # who, which motions, which cameras
     render: RenderConfig = RenderConfig()  # how frames are rendered
     shards: ShardConfig = ShardConfig()  # how they are packed
+
+    def __post_init__(self) -> None:
+        if self.cpu_workers and not self.mixed:
+            raise ValueError(f"cpu_workers: expected 0 where mixed is false, got {self.cpu_workers}")
 
 
 def generate(config: DatagenRun) -> int:
@@ -69,25 +79,37 @@ def generate(config: DatagenRun) -> int:
     plan = make_plan(config)
     out = open_storage(config.out)
     with out.only_writer(FAMILIES):
-        claim_folder(out, plan)
-        done = out.each(functools.partial(shard_is_done, out, plan), range(plan.shard_count))
-        missing = [shard for shard, there in enumerate(done) if not there]
+        there = check_folder(out, plan)
+        done = [*out.each(functools.partial(shard_is_done, out, plan), range(plan.shard_count))]
+        missing = [shard for shard in range(plan.shard_count) if not done[shard]]
+        begun_with = there["versions"] if there else read_sidecar(out, "frames", done.index(True))["versions"] if any(done) else None
+        gate = _Gate(functools.partial(claim_folder, out, plan, there), begun_with, config.mixed)
         total, to_do = (sum(map(plan.shard_frames, shards)) for shards in (range(plan.shard_count), missing))
-        failures: dict[int, str] = {}
-        made = 0
-        if missing:
-            with progress(total, "datagen", unit="frame", initial=total - to_do) as bar, out.appending("log.jsonl") as log:
-                reports = _in_process(config, plan, missing, failures) if config.workers == 0 else _on_ray(config, plan, missing, failures)
+        dispatch, made = Dispatch(missing, config.attempts, math.floor(config.failure_share * plan.shard_count)), 0
+        if not missing:
+            claim_folder(out, plan, there, begun_with)
+        else:
+            bar = progress(total, "datagen", unit="frame", initial=total - to_do)
+            make = _in_process if config.workers == 0 else _on_ray
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(bar)
+                log, failures = (stack.enter_context(out.appending(name)) for name in ("log.jsonl", LEDGER))
+                reports = stack.enter_context(contextlib.closing(make(config, out, plan, gate, dispatch, Ledger(plan, failures))))
                 for report in reports:
                     made += 1
-                    _record(log, report, bar, failures)
+                    log(json.dumps(report._asdict()))  # who made what; no part of the data
+                    bar.update(report.frames)
+                    bar.set_postfix(shards=f"{plan.shard_count - len(missing) + made}/{plan.shard_count}", failed=len(dispatch.given_up))
         write_index(out)
     print(f"{config.out}: {plan.shard_count} shards, {total} frames of {plan.identities} identities; made {made} shards now")
-    for shard, reason in sorted(failures.items()):
+    for shard, reason in sorted(dispatch.given_up.items()):
         print(f"  shard {shard:06d} failed: {reason}")
-    if failures:
-        print(f"{len(missing) - made} shards are missing; mend what is named above and call the same command again: it makes only those")
-    return 1 if failures else 0
+    if dispatch.given_up:
+        print(
+            f"{len(missing) - made} shards are missing; {out.where(LEDGER)} says who tried and what the frame was. Mend what is named and "
+            "call the same command again: it makes only those"
+        )
+    return 1 if dispatch.given_up else 0
 
 
 def make_plan(config: DatagenRun) -> Plan:
@@ -117,61 +139,85 @@ def make_plan(config: DatagenRun) -> Plan:
     )
 
 
-def _in_process(config: DatagenRun, plan: Plan, shards: list[int], failures: dict[int, str]) -> Iterator[ShardReport]:
-    maker = ShardMaker(open_storage(config.out), plan, config.generator, plan.device)
-    for shard in shards:
+class _Gate:
+    """Lets in what renders as the set was begun, or as the first that comes; claims the folder before it gets a shard."""
+
+    def __init__(self, claim: Callable[[dict[str, str]], None], begun_with: dict[str, str] | None, mixed: bool) -> None:
+        self._claim, self._begun_with, self._mixed, self._claimed = claim, begun_with, mixed, False
+
+    def __call__(self, worker: Introduction) -> None:
+        """Raises ConfigError if the worker would render other last bits and a mixed set was not asked for."""
+        begun_with = self._begun_with or worker.versions
+        changed = differences(begun_with, worker.versions)
+        if changed and not self._mixed:
+            raise ConfigError(
+                f"worker {worker.name} would not render the last bits of pictures as this set was begun ({', '.join(changed)}); "
+                "use machines of one kind with the same packages, or --mixed true: the record of each shard states what rendered it"
+            )
+        if not self._claimed:
+            self._claim(begun_with)
+            self._begun_with, self._claimed = begun_with, True
+
+
+def _in_process(config: DatagenRun, out: Storage, plan: Plan, gate: _Gate, dispatch: Dispatch, ledger: Ledger) -> Iterator[ShardReport]:
+    maker = ShardMaker(out, plan, config.generator)
+    me = maker.introduce(probe=None)
+    gate(me)
+    while (shard := dispatch.take(me.name, [me.name])) is not None:
         try:
-            yield maker.make(shard)
+            report = maker.make(shard)
         except SampleError as error:
-            failures[shard] = str(error)
-            if len(failures) >= config.max_failures:
-                return
+            attempt = dispatch.attempt(shard)
+            given_up = dispatch.failed(shard, me.name, str(error))
+            ledger.record(shard, attempt, me.name, error, str(error), given_up)
+        else:
+            dispatch.made(shard)
+            yield report
 
 
-def _on_ray(config: DatagenRun, plan: Plan, shards: list[int], failures: dict[int, str]) -> Iterator[ShardReport]:
-    """Reports in the order in which shards finish. A worker that dies is started anew and its shards are made again."""
-    with _ray_session(config) as ray:
-        actor_class = ray.remote(
-            num_cpus=1, num_gpus=config.gpus_per_worker if plan.device == "cuda" else 0, max_restarts=-1, max_task_retries=RETRIES
-        )(ShardMaker)  # fmt: skip
-        arguments = (open_storage(config.out).resolved(), plan, config.generator.resolve(), plan.device)
-        actors = [actor_class.remote(*arguments) for _ in range(min(config.workers, len(shards)))]
-        queue, flying = iter(shards), {}
-
-        def give(actor: object) -> None:
-            shard = next(queue, None)
-            if shard is not None:
-                flying[actor.make.remote(shard)] = (shard, actor)
-
-        try:
-            for actor in actors * IN_FLIGHT:
-                give(actor)
-            while flying and len(failures) < config.max_failures:
-                (done,), _ = ray.wait(list(flying), num_returns=1)
-                shard, actor = flying.pop(done)
-                try:
-                    yield ray.get(done)
-                except ray.exceptions.RayTaskError as error:  # raised by the shard's own code
-                    if not isinstance(error.cause, SampleError):
-                        _raise_cause(error)
-                    failures[shard] = str(error.cause)
-                except ray.exceptions.RayError as error:  # the worker died too often
-                    failures[shard] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                give(actor)
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+def _on_ray(config: DatagenRun, out: Storage, plan: Plan, gate: _Gate, dispatch: Dispatch, ledger: Ledger) -> Iterator[ShardReport]:
+    with _ray_session(config) as ray, _probe(out) as probe:
+        crew = Crew(ray, _posts(config, out, plan, ray.cluster_resources()), probe, gate)
+        yield from crew.make(dispatch, ledger)
 
 
-def _raise_cause(error: Exception) -> None:
-    """Errors for the user as they are; a defect of the program with its remote traceback."""
-    if isinstance(error.cause, FoundryError):
-        raise error.cause from None
-    raise error
+def _posts(config: DatagenRun, out: Storage, plan: Plan, resources: dict[str, float]) -> list[Post]:
+    """The sorts of workers that are wanted of a cluster with these resources."""
+    wanted = None if config.workers == "auto" else config.workers
+    device = config.device
+    if device == "auto":
+        device = "cuda" if resources.get("GPU", 0) >= config.gpus_per_worker else "cpu"
+    if config.address is None and device == "cuda" and resources.get("GPU", 0) < config.gpus_per_worker:
+        raise ConfigError(
+            f"gpus_per_worker: each worker asks for {config.gpus_per_worker:g} GPUs, this machine has {resources.get('GPU', 0):g}; "
+            "ask for a share (0.5 lets two workers use one), or set --device cpu"
+        )
+
+    def post(device: str, wanted: int | None) -> Post:
+        arguments = out.resolved(), dataclasses.replace(plan, device=device), config.generator.resolve()
+        return Post(arguments, wanted, cpus=1, gpus=config.gpus_per_worker if device == "cuda" else 0)
+
+    if device == "cpu":
+        return [post("cpu", None if wanted is None else wanted + config.cpu_workers)]
+    return [post("cuda", wanted)] + ([post("cpu", config.cpu_workers)] if config.cpu_workers else [])
 
 
 @contextlib.contextmanager
-def _ray_session(config: DatagenRun) -> Iterator[object]:
+def _probe(out: Storage) -> Iterator[str | None]:
+    """A file by which workers can tell that a local folder is the same one everywhere; None where it is the same by its nature."""
+    if not isinstance(out, LocalFolder):
+        yield None
+        return
+    name = f"{TEMPORARY_PREFIX}{os.urandom(6).hex()}-probe"  # swept away with other leftovers if this process is killed
+    out.write(name, "")
+    try:
+        yield name
+    finally:
+        out.delete(name)
+
+
+@contextlib.contextmanager
+def _ray_session(config: DatagenRun) -> Iterator[ModuleType]:
     """Ray, connected: to `address`, or to a local cluster that ends with this run; one that the program has already is used and left."""
     try:
         import ray
@@ -182,20 +228,19 @@ def _ray_session(config: DatagenRun) -> Iterator[object]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unless the user says so
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is not None:
         _check_answers(config.address)
         try:
-            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.init(address=config.address, **quiet)
+        except (ConnectionError, ImportError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(_no_cluster(config.address, error)) from error
     else:
-        ray.init(
-            num_cpus=config.workers,
-            object_store_memory=config.object_store_mb << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        cores = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers + config.cpu_workers
+        try:
+            ray.init("local", num_cpus=cores, object_store_memory=config.object_store_mb << 20, include_dashboard=False, **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"workers: no Ray could be started on this machine ({error}); --workers 0 does without") from error
     try:
         yield ray
     finally:
@@ -204,28 +249,29 @@ def _ray_session(config: DatagenRun) -> Iterator[object]:
 
 def _check_answers(address: str) -> None:
     """Ray itself waits for minutes for a cluster that is not there."""
-    host, _, port = address.rpartition(":")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdecimal() and "/" not in host:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
-            raise ConfigError(_no_cluster(address, error)) from error
+            raise ConfigError(f"address: nothing answers at {address!r} ({error}); start a cluster with `ray start --head`") from error
 
 
 def _no_cluster(address: str, error: Exception) -> str:
-    return f"address: no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, or leave address out"
+    """Ray does not say why it is refused, so what is most often the reason is said here."""
+    mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    return (
+        f"address: the Ray cluster at {address!r} could not be joined: {' '.join(str(error).split())}. If it runs, it asks for a token, as "
+        f"new clusters do, or has another version of Ray: set RAY_AUTH_MODE=token (now {mode}) and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, "
+        "to what `ray get-auth-token` prints on its head node, the same on every node. If none runs, start one with `ray start --head`, or "
+        "leave address out"
+    )
 
 
 def _device(config: DatagenRun) -> str:
+    """Where this machine renders. On a cluster each worker says what it found."""
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if config.device == "cuda" and config.address is None and not torch.cuda.is_available():
         raise ConfigError("device: cuda is asked for, but torch finds no GPU on this machine; set --device cpu or auto")
     return config.device
-
-
-def _record(log: Callable[[str], None], report: ShardReport, bar: tqdm, failures: dict[int, str]) -> None:
-    """Move the bar and keep who made what in log.jsonl, which is no part of the data."""
-    log(json.dumps(report._asdict()))
-    bar.update(report.frames)
-    bar.set_postfix(shard=report.shard, failed=len(failures))

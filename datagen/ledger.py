@@ -11,9 +11,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from datagen.labels import SampleError
 from datagen.plan import Plan
 from datagen.recipes import draw_identity
-from datagen.render import SampleError, frame_facts
+from datagen.render import frame_facts
 
 LEDGER = "failures.jsonl"
 

@@ -118,8 +118,8 @@ class Plan:
         identities = self.shard_identities(shard)
         return {"config_hash": self.hash, "identities": [identities.start, len(identities)]}
 
-    def manifest(self) -> dict[str, Any]:
-        """The content of dataset.json."""
+    def manifest(self, versions: dict[str, str]) -> dict[str, Any]:
+        """The content of dataset.json, given what renders the set (see `versions`)."""
         return {
             "schema": SCHEMA,
             "synthetic": True,
@@ -140,7 +140,7 @@ class Plan:
             "units": _UNITS,
             "members": member_entries(members_of(name for kind in KINDS for name in self.render.labels_of(kind))),
             "split_rule": f"{self.recipe.split_rule}: {self.recipe.val_share:g} of the identities val, {self.recipe.test_share:g} test",
-            "versions": versions(self.device),
+            "versions": versions,
             "excluded": Exclusion().entry(),
         }  # fmt: skip
 
@@ -181,33 +181,42 @@ def open_plan(place: Storage | Path | str) -> Plan:
     return Plan.from_manifest(read_manifest(place), open_storage(place).where("dataset.json"))
 
 
-def claim_folder(storage: Storage, plan: Plan) -> None:
-    """Write dataset.json, or check that the one that is there is of the same settings.
+def check_folder(storage: Storage, plan: Plan) -> dict[str, Any] | None:
+    """The dataset.json that is there if it holds shards of the same settings; None if the place is free or nothing was finished in it.
 
     Raises ConfigError if it has another hash, or more identities than are asked for now. More identities than before, or more
-    labels, extend the set, whose dataset.json goes on to state the versions of its first shards; a folder in which no shard was
-    finished is taken over.
+    labels, extend the set.
     """
-    path, ours = storage.where("dataset.json"), plan.manifest()
+    path = storage.where("dataset.json")
     there = read_manifest(storage) if storage.size("dataset.json") is not None else None
-    if there is not None and _holds_shards(storage, there["plan"]["shards"]):
-        if there["config_hash"] != plan.hash:
-            changed = ", ".join(_differences(there["settings"], plan.settings())[:5])
-            raise ConfigError(
-                f"{path}: this folder holds shards of other settings (hash {there['config_hash']}, now {plan.hash}); changed: {changed}. "
-                "Choose another --out, or set these as they were"
-            )
-        if there["plan"]["identities"] > plan.identities or there["plan"]["labels_share"] > plan.labels_share:
-            raise ConfigError(
-                f"{path}: this folder was planned with {there['plan']['identities']} identities and labels for a share of "
-                f"{there['plan']['labels_share']:g}, now {plan.identities} and {plan.labels_share:g}; a set can grow but not shrink: "
-                "choose another --out, or ask for at least as many"
-            )
-        if there["plan"] == ours["plan"]:
+    if there is None or not _holds_shards(storage, there["plan"]["shards"]):
+        return None
+    if there["config_hash"] != plan.hash:
+        changed = ", ".join(differences(there["settings"], plan.settings())[:5])
+        raise ConfigError(
+            f"{path}: this folder holds shards of other settings (hash {there['config_hash']}, now {plan.hash}); changed: {changed}. "
+            "Choose another --out, or set these as they were"
+        )
+    if there["plan"]["identities"] > plan.identities or there["plan"]["labels_share"] > plan.labels_share:
+        raise ConfigError(
+            f"{path}: this folder was planned with {there['plan']['identities']} identities and labels for a share of "
+            f"{there['plan']['labels_share']:g}, now {plan.identities} and {plan.labels_share:g}; a set can grow but not shrink: "
+            "choose another --out, or ask for at least as many"
+        )
+    return there
+
+
+def claim_folder(storage: Storage, plan: Plan, there: dict[str, Any] | None, versions: dict[str, str]) -> None:
+    """Write dataset.json, before the first shard or when the set grows.
+
+    there: what `check_folder` found; versions: of what rendered, or will render, the first shards.
+    """
+    content = plan.manifest(versions)
+    if there is not None:
+        if there["plan"] == content["plan"]:
             return
-        ours["versions"] = there["versions"]
-        ours["excluded"] = Exclusion.from_manifest(there, path).entry()
-    storage.write("dataset.json", manifest_text(ours))
+        content["excluded"] = Exclusion.from_manifest(there, storage.where("dataset.json")).entry()
+    storage.write("dataset.json", manifest_text(content))
 
 
 def exclude(place: Storage | Path | str, exclusion: Exclusion) -> None:
@@ -271,12 +280,12 @@ def versions(device: str) -> dict[str, str]:
     }
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """Dotted settings that differ, as 'key: old -> new'."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             text
             for name in dict.fromkeys([*old, *new])
-            for text in _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+            for text in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
         ]
     return [] if old == new else [f"{key}: {old} -> {new}"]

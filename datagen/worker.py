@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from datagen.labels import SampleError
 from datagen.members import FAMILIES, Family, encode_sample
 from datagen.plan import Plan, versions
@@ -21,7 +23,7 @@ from datagen.shards import ShardWriter, sample_key, write_shard
 from datagen.storage import Storage
 from genhead.generator import GenHead, load_genhead
 from head3d.run.checkpoint import exported_hash
-from head3d.run.errors import AssetError
+from head3d.run.errors import AssetError, ConfigError, DataError
 
 AHEAD = 2  # identities that may wait to be encoded and written: a renderer never waits for a JPEG, and memory stays bounded
 
@@ -57,21 +59,46 @@ def make_shard(genhead: GenHead, out: Storage, plan: Plan, shard: int) -> ShardR
         frames=len(writers["frames"].samples),
         bytes=sum(writer.size for writer in writers.values()),
         seconds=time.monotonic() - started,
-        worker=f"{socket.gethostname()}:{os.getpid()}",
+        worker=_own_name(),
     )
+
+
+class Introduction(NamedTuple):
+    """What a worker says of itself before it gets a shard."""
+
+    name: str  # host:process
+    versions: dict[str, str]  # of what it renders with
 
 
 class ShardMaker:
     """A worker process: makes shards on request. The first request loads the generator, so what is wrong with it is that call's error."""
 
-    def __init__(self, out: Storage, plan: Plan, generator: Path, device: str) -> None:
-        self.out, self.plan, self.generator, self.device = out, plan, generator, device
+    def __init__(self, out: Storage, plan: Plan, generator: Path) -> None:
+        self.out, self.plan, self.generator = out, plan, generator
         self.genhead: GenHead | None = None
+
+    def introduce(self, probe: str | None) -> Introduction:
+        """Who this is. Raises ConfigError if there is no GPU where one is asked for, and DataError if the file `probe`, which another
+        process has put beside the shards, cannot be seen from here."""
+        if self.plan.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                f"device: cuda is asked for, but torch finds no GPU on {socket.gethostname()}; look at its driver, or set --device cpu"
+            )
+        if probe is not None and self.out.size(probe) is None:
+            raise DataError(
+                f"{self.out.where()}: {socket.gethostname()} does not see what another machine has written there, so it is not one folder; "
+                "give --out on a file system that all nodes share, or a URL (s3://bucket/name, ...)"
+            )
+        return Introduction(_own_name(), versions(self.plan.device))
 
     def make(self, shard: int) -> ShardReport:
         if self.genhead is None:
-            self.genhead = load_planned_generator(self.plan, self.generator, self.device)
+            self.genhead = load_planned_generator(self.plan, self.generator, self.plan.device)
         return make_shard(self.genhead, self.out, self.plan, shard)
+
+
+def _own_name() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def load_planned_generator(plan: Plan, folder: Path, device: str) -> GenHead:

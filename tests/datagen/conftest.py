@@ -135,13 +135,13 @@ def run_of(generator):
 
 @pytest.fixture(scope="session")
 def data_files():
-    """Bytes of everything in a folder that is data: all files but the log and the lock."""
+    """Bytes of everything in a folder that is data: all files but the logs and the lock."""
 
     def read(folder):
         return {
             str(path.relative_to(folder)): path.read_bytes()
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in ("log.jsonl", ".lock")
+            if path.is_file() and path.name not in ("log.jsonl", "failures.jsonl", ".lock")
         }
 
     return read

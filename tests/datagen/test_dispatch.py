@@ -3,7 +3,7 @@
 import pickle
 
 from datagen.dispatch import LOSSES, Dispatch
-from datagen.render import SampleError
+from datagen.labels import SampleError
 
 EVERYBODY = ["a:1", "a:2", "b:1"]
 

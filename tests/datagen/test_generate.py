@@ -30,7 +30,7 @@ from head3d.run.errors import AssetError, ConfigError, DataError
 def ray():
     """One local cluster for all tests of this file; `generate` uses it and leaves it."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, object_store_memory=128 << 20, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, object_store_memory=128 << 20, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()
 
@@ -55,20 +55,20 @@ def test_a_set_holds_the_plan(tmp_path, run_of):
 
 def test_two_workers_one_of_them_killed_and_one_worker_give_the_bytes_of_none(tmp_path, run_of, data_files, undisturbed, ray, monkeypatch):
     """The whole promise in one test, because starting workers is what takes time here."""
-    killed = []
-    record = farm._record
+    killed, make = [], farm.Crew.make
 
-    def kill_the_first_to_report(out, report, bar, failures):
-        if not killed:
-            killed.append(int(report.worker.rpartition(":")[2]))
-            os.kill(killed[0], signal.SIGKILL)
-        record(out, report, bar, failures)
+    def kill_the_first_to_report(self, *arguments):
+        for report in make(self, *arguments):
+            if not killed:
+                killed.append(int(report.worker.rpartition(":")[2]))
+                os.kill(killed[0], signal.SIGKILL)
+            yield report
 
-    monkeypatch.setattr(farm, "_record", kill_the_first_to_report)
+    monkeypatch.setattr(farm.Crew, "make", kill_the_first_to_report)
     two = tmp_path / "two"
     assert generate(run_of(two, workers=2, identities=9)) == 0
     assert killed and killed[0] != os.getpid()
-    monkeypatch.setattr(farm, "_record", record)
+    monkeypatch.setattr(farm.Crew, "make", make)
     none = tmp_path / "none"
     assert generate(run_of(none, identities=9)) == 0
     assert data_files(two) == data_files(none)
@@ -184,7 +184,7 @@ def test_a_damaged_plan_is_rebuilt_as_its_message_says(tmp_path, run_of, data_fi
 def test_the_hash_covers_what_decides_bytes_and_nothing_else(tmp_path, run_of, other_generator):
     base = run_of(tmp_path / "a")
     same = [
-        run_of(tmp_path / "b", workers=3, address="auto", identities=99, labels_share=0.1, licence="other", max_failures=1),
+        run_of(tmp_path / "b", workers=3, address="auto", identities=99, labels_share=0.1, licence="other", failure_share=1.0, attempts=9),
         run_of(tmp_path / "c", gpus_per_worker=0.25, object_store_mb=999),
     ]
     other = [
@@ -245,7 +245,7 @@ def test_a_poisoned_shard_is_collected_and_named_and_the_rest_is_made(tmp_path, 
 
     out = tmp_path / "set"
     monkeypatch.setattr(worker, "render_identity", poisoned)
-    assert generate(run_of(out)) == 1
+    assert generate(run_of(out, failure_share=0.34)) == 1
     said = capsys.readouterr().out
     assert "shard 000001 failed: identity 3 of seed 0" in said and "call the same command again" in said
     assert {entry.identity for entry in open_dataset(out).frames} == {0, 1, 4}
@@ -262,7 +262,7 @@ def test_too_many_failures_stop_the_run(tmp_path, run_of, monkeypatch, capsys):
         raise SampleError("not finite", recipe.identity, 0)
 
     monkeypatch.setattr(worker, "render_identity", poisoned)
-    assert generate(run_of(tmp_path / "set", max_failures=2)) == 1
+    assert generate(run_of(tmp_path / "set", failure_share=0.34, attempts=1)) == 1
     assert tried == [0, 2]
     said = capsys.readouterr().out
     assert "made 0 shards now" in said and "3 shards are missing" in said  # the one that was not tried is missing too
@@ -277,7 +277,7 @@ def test_a_value_out_of_range_names_the_identity(tmp_path, run_of, monkeypatch, 
         return rendered
 
     monkeypatch.setattr(worker, "render_identity", too_far)
-    assert generate(run_of(tmp_path / "set", max_failures=1)) == 1
+    assert generate(run_of(tmp_path / "set", failure_share=0.0)) == 1
     assert "identity 0 of seed 0, motion 0: depth must lie in" in capsys.readouterr().out
 
 
@@ -329,7 +329,7 @@ def test_a_cluster_that_does_not_answer_is_an_error_with_a_remedy():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # not listening: connections are refused
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=f"no Ray cluster answers at '{address}'.*ray start --head"):
+        with pytest.raises(ConfigError, match=f"nothing answers at '{address}'.*ray start --head"):
             farm._check_answers(address)
 
 
