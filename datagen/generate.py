@@ -91,11 +91,8 @@ def generate(config: DatagenRun) -> int:
         else:
             bar = progress(total, "datagen", unit="frame", initial=total - to_do)
             make = _in_process if config.workers == 0 else _on_ray
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(bar)
-                log, failures = (stack.enter_context(out.appending(name)) for name in ("log.jsonl", LEDGER))
-                reports = stack.enter_context(contextlib.closing(make(config, out, plan, gate, dispatch, Ledger(plan, failures))))
-                for report in reports:
+            with bar, out.appending("log.jsonl") as log, Ledger(plan, out) as ledger:
+                for report in make(config, out, plan, gate, dispatch, ledger):
                     made += 1
                     log(json.dumps(report._asdict()))  # who made what; no part of the data
                     bar.update(report.frames)

@@ -6,24 +6,35 @@ themselves; this tells why, and who tried: a machine that fails often stands out
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from datagen.labels import SampleError
 from datagen.plan import Plan
 from datagen.recipes import draw_identity
 from datagen.render import frame_facts
+from datagen.storage import Storage
 
 LEDGER = "failures.jsonl"
 
 
 class Ledger:
-    """Adds lines through `add`, a function that appends one to the file."""
+    """Adds lines to the file of a data set; a run in which nothing fails leaves it as it is."""
 
-    def __init__(self, plan: Plan, add: Callable[[str], None]) -> None:
-        self._plan, self._add = plan, add
+    def __init__(self, plan: Plan, out: Storage) -> None:
+        self._plan, self._out = plan, out
+        self._open = contextlib.ExitStack()
+        self._add: Callable[[str], None] | None = None
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
 
     def record(self, shard: int, attempt: int, worker: str, error: Exception, reason: str, given_up: bool) -> None:
         """Note a failed attempt. If a frame is to blame (SampleError), with the recipe that makes it again."""
@@ -42,4 +53,6 @@ class Ledger:
         if isinstance(error, SampleError):
             recipe = draw_identity(self._plan.recipe, self._plan.seed, error.identity)
             entry |= {"identity": error.identity, "motion": error.motion, "recipe": frame_facts(recipe, error.motion)}
+        if self._add is None:
+            self._add = self._open.enter_context(self._out.appending(LEDGER))
         self._add(json.dumps(entry))

@@ -21,6 +21,7 @@ import torch
 import tyro
 
 from datagen.exclusion import Exclusion
+from datagen.ledger import LEDGER
 from datagen.members import FAMILIES, Family, Member, decode, encode_sample, json_bytes
 from datagen.plan import Plan, manifest_text, versions
 from datagen.reading import read_manifest, read_sidecars
@@ -37,7 +38,16 @@ from head3d.run.errors import DataError, FoundryError
 from head3d.run.runlog import progress
 from head3d.run.seeding import numpy_generator
 
-COMPANIONS = ("dataset.json", "index.json", "index.html", "croissant.json", "README.md", "log.jsonl", ".lock")  # beside the families
+COMPANIONS = (
+    "dataset.json",
+    "index.json",
+    "index.html",
+    "croissant.json",
+    "README.md",
+    "log.jsonl",
+    LEDGER,
+    ".lock",
+)  # beside the families
 SAME_PICTURE_DB = 40.0  # PSNR that counts as the same picture on another processor or with other package versions
 
 
