@@ -36,6 +36,7 @@ from datagen.storage import LocalFolder, Storage, open_storage
 from datagen.worker import Introduction, ShardMaker, ShardReport
 from genhead.generator import GenHeadExport
 from head3d.head_model import load_head_model
+from head3d.rasterize import Backend, check_backend
 from head3d.run.checkpoint import exported_hash
 from head3d.run.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, load_yaml, to_dict
 from head3d.run.errors import ConfigError
@@ -56,7 +57,8 @@ class DatagenRun:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where workers render; auto: on GPUs if there are any
     gpus_per_worker: PositiveFloat = 1.0  # share of a GPU that each worker reserves when it renders on CUDA
     cpu_workers: NonNegativeInt = 0  # workers on CPUs beside those on GPUs; their last bits differ, so this needs mixed
-    mixed: bool = False  # let devices, processors and package versions join that differ from those the set was begun with
+    rasterizer: Backend = "torch"  # what draws masks: plain torch, or pytorch3d or warp where installed; a few edge pixels differ
+    mixed: bool = False  # let devices, processors, rasterisers and package versions join that differ from those the set was begun with
     object_store_mb: PositiveInt = 128  # memory of the local Ray's object store; only reports pass through it
     attempts: PositiveInt = 3  # of a shard that fails, each by another worker where there is one, before it is given up
     failure_share: Fraction = 0.05  # of the plan's shards that may be given up; the run stops when there are more
@@ -111,6 +113,8 @@ def generate(config: DatagenRun) -> int:
 
 def make_plan(config: DatagenRun) -> Plan:
     """The plan that a run's settings stand for; reads the generator's record and settings, not its weights."""
+    if config.address is None:
+        check_backend(config.rasterizer)
     weights = exported_hash(config.generator)
     export = load_yaml(GenHeadExport, config.generator / "config.yaml")
     recipe = config.recipe
@@ -133,6 +137,7 @@ def make_plan(config: DatagenRun) -> Plan:
         scales=dataset_scales(recipe, export.model.sampling),
         licence=config.licence,
         device=_device(config),
+        rasterizer=config.rasterizer,
     )
 
 

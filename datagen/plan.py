@@ -26,6 +26,7 @@ from datagen.recipes import KINDS, Kind, RecipeConfig, deciding_settings, frame_
 from datagen.render import RenderConfig
 from datagen.shards import SCHEMA, read_sidecar, shard_name, sidecar_name
 from datagen.storage import Storage, open_storage
+from head3d.rasterize import Backend
 from head3d.run.config import config_hash, from_dict, to_dict
 from head3d.run.errors import ConfigError, DataError
 
@@ -61,6 +62,7 @@ class Plan:
     scales: Scales
     licence: str
     device: str  # "cpu" or "cuda": where it is rendered first; a picture's last bit depends on it
+    rasterizer: Backend  # what draws masks first; their edges depend on it in one pixel of ten thousand
 
     @property
     def shard_count(self) -> int:
@@ -166,6 +168,7 @@ class Plan:
                 scales=Scales(manifest["depth"]["near"], manifest["depth"]["far"], manifest["box_side"]),
                 licence=manifest["licence"],
                 device=manifest["versions"]["device"],
+                rasterizer=manifest["versions"].get("rasterizer", "torch"),
             )
         except KeyError as error:
             raise DataError(f"{where}: the entry {error} is missing; the file was changed or comes from another program") from error
@@ -269,11 +272,12 @@ def shard_is_done(storage: Storage, plan: Plan, shard: int) -> bool:
     return True
 
 
-def versions(device: str) -> dict[str, str]:
+def versions(device: str, rasterizer: Backend) -> dict[str, str]:
     """What the last bit of a picture may depend on beside the settings."""
     packages = ("torch", "numpy", "scipy", "simplejpeg", "pillow", "webdataset")
     return {
         "device": device,
+        "rasterizer": rasterizer,
         "processor": torch.backends.cpu.get_cpu_capability() if device == "cpu" else torch.cuda.get_device_name(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},

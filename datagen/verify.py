@@ -329,7 +329,7 @@ def _check_rendering(storage: Storage, config: VerifyRun, plan: Plan, check: Che
         pictures = [name for name in made if name.startswith("frames/rgb.")]
         quality = min(_psnr(*(decode(side[name], name.removeprefix("frames/")) for side in (made, stored))) for name in pictures)
         worst = min(worst, quality)
-        same_stack = sidecars["frames"].get("versions") == versions(device)
+        same_stack = sidecars["frames"].get("versions") == versions(device, genhead.head_model.rasterizer)
         if different and (same_stack or quality < SAME_PICTURE_DB):
             check.problems.append(
                 f"{storage.where(shard_name('frames', shard))}: key {sample['key']}: rendered again, {', '.join(different[:5])} differ "

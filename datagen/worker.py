@@ -22,6 +22,7 @@ from datagen.render import RenderedIdentity, render_identity, reproducible
 from datagen.shards import ShardWriter, sample_key, write_shard
 from datagen.storage import Storage
 from genhead.generator import GenHead, load_genhead
+from head3d.rasterize import Backend, check_backend
 from head3d.run.checkpoint import exported_hash
 from head3d.run.errors import AssetError, ConfigError, DataError
 
@@ -45,7 +46,7 @@ def make_shard(genhead: GenHead, out: Storage, plan: Plan, shard: int) -> ShardR
     used, DataError if it cannot be written; then nothing of this shard's frames is committed.
     """
     started, families = time.monotonic(), plan.families(shard)
-    facts = plan.sidecar_facts(shard) | {"versions": versions(plan.device)}
+    facts = plan.sidecar_facts(shard) | {"versions": versions(plan.device, plan.rasterizer)}
     with reproducible(), contextlib.ExitStack() as stack:
         # A stack closes in reverse order: the thread ends first; frames are entered before the other families and committed last.
         writers = {family: stack.enter_context(write_shard(out, family, shard, facts)) for family in FAMILIES if family in families}
@@ -78,8 +79,8 @@ class ShardMaker:
         self.genhead: GenHead | None = None
 
     def introduce(self, probe: str | None) -> Introduction:
-        """Who this is. Raises ConfigError if there is no GPU where one is asked for, and DataError if the file `probe`, which another
-        process has put beside the shards, cannot be seen from here."""
+        """Who this is. Raises ConfigError if the GPU or the rasteriser that is asked for is missing, and DataError if the file `probe`,
+        which another process has put beside the shards, cannot be seen from here."""
         if self.plan.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
                 f"device: cuda is asked for, but torch finds no GPU on {socket.gethostname()}; look at its driver, or set --device cpu"
@@ -89,11 +90,12 @@ class ShardMaker:
                 f"{self.out.where()}: {socket.gethostname()} does not see what another machine has written there, so it is not one folder; "
                 "give --out on a file system that all nodes share, or a URL (s3://bucket/name, ...)"
             )
-        return Introduction(_own_name(), versions(self.plan.device))
+        check_backend(self.plan.rasterizer)
+        return Introduction(_own_name(), versions(self.plan.device, self.plan.rasterizer))
 
     def make(self, shard: int) -> ShardReport:
         if self.genhead is None:
-            self.genhead = load_planned_generator(self.plan, self.generator, self.plan.device)
+            self.genhead = load_planned_generator(self.plan, self.generator, self.plan.device, self.plan.rasterizer)
         return make_shard(self.genhead, self.out, self.plan, shard)
 
 
@@ -101,14 +103,14 @@ def _own_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def load_planned_generator(plan: Plan, folder: Path, device: str) -> GenHead:
+def load_planned_generator(plan: Plan, folder: Path, device: str, rasterizer: Backend = "torch") -> GenHead:
     """The generator of a plan. Raises AssetError if the folder holds other weights or names another head model."""
     weights = exported_hash(folder)
     if weights != plan.generator.hash:
         raise AssetError(
             f"{folder}: expected generator weights {plan.generator.hash}, got {weights}; give the export that the data set was made with"
         )
-    genhead = load_genhead(folder, device)
+    genhead = load_genhead(folder, device, rasterizer)
     if genhead.head_model.content_hash != plan.generator.head_hash:
         raise AssetError(
             f"{folder}: expected a head model with hash {plan.generator.head_hash}, got {genhead.head_model.content_hash}; "

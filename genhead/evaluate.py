@@ -345,7 +345,7 @@ def table(scores: dict[str, dict[str, dict[str, float | None]]]) -> str:
             text = "-" if value is None or value["mean"] is None else f"{value['mean']:.4f}"
             if row == "ours" and value is not None and value["low"] is not None:
                 text += f" [{value['low']:.4f}, {value['high']:.4f}]"
-            cells.append(f"{text:>{width}}")
+            cells.append(f" {text:>{width - 1}}")
         lines.append(f"{metric:18}" + "".join(cells))
     return "\n".join([*lines, *(f"{metric}: {meaning}" for metric, meaning in METRICS.items() if metric in scores)])
 

@@ -26,7 +26,7 @@ from head3d.head_model import HeadModel, load_head_model
 from head3d.labels import SHAPE_SIZE, Motion
 from head3d.networks.stylegan2 import Mapping, Synthesis
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
-from head3d.rasterize import part_masks
+from head3d.rasterize import Backend, part_masks
 from head3d.rendering import HeadImages, RaySampling, compose_pictures, render_rays
 from head3d.run.checkpoint import fill_weights, load_exported
 from head3d.run.config import PositiveInt
@@ -192,13 +192,13 @@ class GenHeadExport:
     model: GenHeadConfig = GenHeadConfig()  # the network
 
 
-def load_genhead(folder: str | Path, device: torch.device | str = "cpu") -> GenHead:
+def load_genhead(folder: str | Path, device: torch.device | str = "cpu", rasterizer: Backend = "torch") -> GenHead:
     """The exported generator in `folder` (model.safetensors, config.yaml), in evaluation mode without gradients.
 
-    Raises AssetError if a file is missing, damaged or does not fit.
+    Raises AssetError if a file is missing, damaged or does not fit, ConfigError if the rasteriser is not installed.
     """
     weights, config = load_exported(folder, GenHeadExport, EXPORT_KIND)
-    head = load_head_model(config.head_model)
+    head = load_head_model(config.head_model, rasterizer)
     if head.content_hash != config.head_model_hash:
         raise AssetError(
             f"{folder}: trained with the head model {config.head_model} of content {config.head_model_hash}, but that is now "

@@ -24,6 +24,7 @@ from genhead.portraits import PortraitSet
 from genhead.samples import sample_pictures
 from head3d.head_model import load_head_model
 from head3d.networks.discriminator import DiscriminatorConfig, deviation_group
+from head3d.rasterize import Backend
 from head3d.run import distributed
 from head3d.run.checkpoint import (
     Checkpoint,
@@ -53,6 +54,7 @@ from head3d.run.training import (
 FREE_TO_CHANGE = (
     "out",
     "portraits",
+    "rasterizer",
     "export_half",
     "total_images",
     "log_every",
@@ -81,6 +83,7 @@ class GenHeadRun:
     out: Path = Path("runs/genhead")  # run folder: checkpoints, logs, pictures, export
     portraits: Path = Path("runs/portraits")  # LMDB of portraits (made by the portraits command)
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
+    rasterizer: Backend = "torch"  # what draws masks and maps: plain torch, or pytorch3d or warp where installed
     start_from: Path | None = None  # exported generator to go on from, with its discriminator and clock; None = random weights
     export_half: bool = False  # store exported weights as float16
     missing_matte: Literal["refuse", "opaque"] = "refuse"  # portraits without a matte: stop, or take them as opaque everywhere
@@ -187,7 +190,7 @@ def build(config: GenHeadRun, process: distributed.Process) -> tuple[Game, Portr
             f"{config.portraits}: {count} of {len(portraits)} portraits have no matte, so the discriminator would learn that pictures are "
             "opaque everywhere; add NAME_matte.png files and import again, or accept that with --missing_matte opaque"
         )
-    head = load_head_model(config.head_model)
+    head = load_head_model(config.head_model, config.rasterizer)
     game = Game(config.game, model, discriminator, config.regularizers, head, config.seed, process)
     return game, portraits
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from head3d import mesh_regions
 from head3d.flame_files import check_arrays, read_head_file
 from head3d.labels import SHAPE_SIZE, Motion
+from head3d.rasterize import Backend, check_backend
 from head3d.rotations import axis_angle_to_matrix
 
 SCENE_UNITS_PER_METRE = 3.0
@@ -65,9 +66,11 @@ class HeadModel(nn.Module):
     canonical_vertices: Tensor  # [N, 3] zero parameters but the jaw
     mouth_cap: Tensor  # [c, 3] faces (vertex ids) that close the inner rim of the lips
     content_hash: str  # hex digest of the arrays that the model was made from
+    rasterizer: Backend  # what draws its masks and maps
 
     def __init__(self, arrays: Mapping[str, np.ndarray], where: str):
         super().__init__()
+        self.rasterizer = "torch"
         arrays = check_arrays(arrays, where)
         self.content_hash = _digest(arrays)
         scale = SCENE_UNITS_PER_METRE
@@ -178,18 +181,22 @@ class HeadModel(nn.Module):
         return torch.cat([rotations[:, :2], linear], 1), torch.cat([local_shift[:, :2], shift], 1)
 
 
-def load_head_model(path: str | Path | None) -> HeadModel:
+def load_head_model(path: str | Path | None, rasterizer: Backend = "torch") -> HeadModel:
     """The head from a file, or the built-in one for None or "procedural".
 
     .npz: arrays as in `HeadModel.from_arrays`, read without unpickling. .pkl: FLAME's own file (`generic_model.pkl`,
     `flame2023.pkl`), read by a restricted unpickler; if FLAME's `FLAME_masks.pkl` lies beside it, its regions are used.
-    Raises AssetError if the file is missing, malformed or tries to run code.
+    Raises AssetError if the file is missing, malformed or tries to run code, ConfigError if the rasteriser is not installed.
     """
+    check_backend(rasterizer)
     if path is None or str(path) == BUILT_IN:
         from head3d.procedural_head import build_procedural_head
 
-        return HeadModel.from_arrays(build_procedural_head(), "built-in head")
-    return HeadModel.from_arrays(read_head_file(Path(path)), str(path))
+        head = HeadModel.from_arrays(build_procedural_head(), "built-in head")
+    else:
+        head = HeadModel.from_arrays(read_head_file(Path(path)), str(path))
+    head.rasterizer = rasterizer
+    return head
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:

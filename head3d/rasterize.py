@@ -12,6 +12,7 @@ Nothing here is differentiable with respect to the vertices.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -20,11 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from head3d.cameras import Camera, project
+from head3d.run.errors import ConfigError
 
 if TYPE_CHECKING:
     from head3d.head_model import HeadModel
 
 Backend = Literal["torch", "pytorch3d", "warp"]
+REMEDIES = {  # of an optional backend whose package, of the same name, is missing
+    "pytorch3d": "build it for your torch as its INSTALL.md says (the package index has no wheel for Linux)",
+    "warp": "pip install 'head-foundry[warp]'",
+}
 
 NEAR_DEPTH = 1e-4  # scene units; faces with a vertex nearer than this are dropped
 PAIRS_PER_CHUNK_CPU = 1 << 17  # fits the cache: 512^2 takes 47 ms against 62 ms unchunked
@@ -47,6 +53,18 @@ class PartMasks(NamedTuple):
     head: Tensor  # silhouette
 
 
+def check_backend(backend: Backend) -> None:
+    """Raise ConfigError that says how to install it if the package of an optional backend cannot be imported."""
+    if backend in REMEDIES:
+        try:
+            importlib.import_module(backend)
+        except ImportError as error:
+            raise ConfigError(
+                f"rasterizer: {backend} is asked for, but its package cannot be imported ({error}); {REMEDIES[backend]}, "
+                "or set --rasterizer torch, which needs nothing and finds the same faces"
+            ) from error
+
+
 @torch.no_grad()
 def rasterize(
     vertices: Tensor,  # [B, N, 3] world frame, scene units
@@ -59,8 +77,9 @@ def rasterize(
 ) -> Raster:
     """Find the nearest face at every pixel of a square picture; any intrinsics (focal lengths, centre, skew).
 
-    Raises ImportError if an optional backend is chosen that is not installed.
+    Raises ConfigError if an optional backend is chosen that is not installed.
     """
+    check_backend(backend)
     assert vertices.ndim == 3 and vertices.shape[-1] == 3, f"vertices must be [B, N, 3], got {tuple(vertices.shape)}"
     assert camera.c2w.shape[0] == vertices.shape[0], f"{camera.c2w.shape[0]} cameras for {vertices.shape[0]} meshes"
     uv, depth = project(vertices.float(), Camera(camera.c2w.float(), camera.intrinsics.float()))
@@ -206,7 +225,7 @@ def part_masks(
     raster_resolution: int = 512,
     published: bool = False,
 ) -> PartMasks:
-    """Where eyes, mouth and head are seen, rasterised at `raster_resolution` and reduced to `resolution` with anti-aliasing.
+    """Where eyes, mouth and head are seen, drawn by `head.rasterizer` at `raster_resolution`, reduced to `resolution` with anti-aliasing.
 
     Default: one visibility test. The lips' inner rim is closed by a cap (`head.mouth_cap`) in place of whatever lies behind it;
     a pixel is mouth if the cap is nearest, eye if an eyeball face is, head if anything is hit. Neck opening and silhouette
@@ -218,7 +237,7 @@ def part_masks(
     size = raster_resolution
 
     def drawn(faces: Tensor, vertices: Tensor = posed_vertices, cull: bool = True) -> Tensor:
-        return rasterize(vertices, faces, camera, size, cull_backfaces=cull).face_ids >= 0
+        return rasterize(vertices, faces, camera, size, cull_backfaces=cull, backend=head.rasterizer).face_ids >= 0
 
     if published:
         eye = drawn(head.faces_within(head.regions.eyeballs)) & ~drawn(head.faces_within(head.regions.face))
@@ -230,7 +249,7 @@ def part_masks(
         kind[:, : len(outside)][:, torch.isin(outside[:, 0], head.regions.eyeballs)] = 2
         kind[:, len(outside) : -1][_facing(posed_vertices[:, cap], camera)] = 3  # from inside, through the neck, a cap is no mouth
         kind[:, -1] = 0  # where nothing is hit (face id -1)
-        face_ids = rasterize(posed_vertices, torch.cat([outside, cap]), camera, size).face_ids
+        face_ids = rasterize(posed_vertices, torch.cat([outside, cap]), camera, size, backend=head.rasterizer).face_ids
         seen = kind.gather(1, (face_ids % kind.shape[1]).flatten(1)).view_as(face_ids)
         eye, mouth, outline = seen == 2, seen == 3, seen > 0
     masks = torch.stack([eye, mouth, outline], dim=1).to(posed_vertices.dtype)
@@ -255,4 +274,5 @@ def correspondence_map(head: HeadModel, posed_vertices: Tensor, camera: Camera, 
     values = head.canonical_vertices / 0.6
     shift = torch.zeros_like(values)
     shift[head.regions.eyeballs, 2] = -0.5
-    return interpolate(rasterize(posed_vertices, faces, camera, resolution, cull_backfaces=True), faces, values + shift)
+    raster = rasterize(posed_vertices, faces, camera, resolution, cull_backfaces=True, backend=head.rasterizer)
+    return interpolate(raster, faces, values + shift)

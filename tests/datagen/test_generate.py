@@ -313,6 +313,13 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path, run
 def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_written(tmp_path, run_of):
     with pytest.raises(ConfigError, match="device: cuda is asked for.*--device cpu"):
         generate(run_of(tmp_path / "set", device="cuda"))
+
+
+def test_a_rasteriser_that_is_missing_is_said_before_anything_is_written(tmp_path, run_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "warp", None)
+    with pytest.raises(ConfigError, match="rasterizer: warp is asked for"):
+        generate(run_of(tmp_path / "set", rasterizer="warp"))
+    assert not (tmp_path / "set").exists()
     assert not (tmp_path / "set").exists()
 
 

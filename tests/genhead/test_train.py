@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,6 +216,13 @@ def test_an_export_of_other_widths_is_refused(tmp_path, finished):
     with pytest.raises(AssetError, match="do not fit"):
         load_genhead(tmp_path)
     assert json.loads((tmp_path / "model.json").read_text())["kind"] == "genhead"
+
+
+def test_a_rasteriser_that_is_missing_is_said_before_anything_is_written(tmp_path, portraits, run_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch3d", None)
+    with pytest.raises(ConfigError, match="rasterizer: pytorch3d is asked for"):
+        train(run_of(tmp_path / "run", portraits, rasterizer="pytorch3d"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_record_of_portraits_is_refused_on_resume(finished, portraits, tmp_path, run_of):
