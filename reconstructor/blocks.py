@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reconstructor.products import Linear, attention
+
 PUBLISHED_WIDTH = 1024  # token width at which the published initialisation (0.02) was chosen
 
 
@@ -23,13 +25,13 @@ def with_coordinates(image: Tensor) -> Tensor:
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Lay tokens [B, H*W, C] out row by row as a map [B, C, H, W]; no copy."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    """Lay tokens [B, H*W, C] out row by row as a map [B, C, H, W]; no copy, so the map is channels-last and what follows stays so."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # transposing first would leave strides that convolutions copy
 
 
 def to_tokens(features: Tensor) -> Tensor:
-    """Inverse of to_map: [B, C, H, W] -> [B, H*W, C]."""
-    return features.flatten(2).transpose(1, 2)
+    """Inverse of to_map: [B, C, H, W] -> [B, H*W, C]; no copy of a channels-last map."""
+    return features.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -47,7 +49,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biases, through torch's fused scaled_dot_product_attention.
+    """Multi-head attention with biases (products.py says through which kernel).
 
     Keys and values come from `context`, which is the sequence itself (self-attention) or another one (cross-attention). With
     `reduction` r > 1 the context is first merged r x r to r*r times fewer keys (SegFormer eq. 2), which makes 128x128 tokens affordable.
@@ -56,9 +58,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, reduction: int = 1):
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.output = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.output = Linear(width, width)
         self.merge = nn.Conv2d(width, width, reduction, stride=reduction) if reduction > 1 else None
         self.merge_norm = nn.LayerNorm(width) if reduction > 1 else None
 
@@ -72,7 +74,7 @@ class Attention(nn.Module):
             context = self.merge_norm(to_tokens(self.merge(to_map(context, grid))))
         queries = self._split(self.query(tokens))
         keys, values = map(self._split, self.key_value(context).chunk(2, dim=-1))
-        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        mixed = attention(queries, keys, values)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -85,9 +87,9 @@ class MixFeedForward(nn.Module):
     def __init__(self, width: int, ratio: int):
         super().__init__()
         hidden = ratio * width
-        self.expand = nn.Linear(width, hidden)
+        self.expand = Linear(width, hidden)
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.contract = nn.Linear(hidden, width)
+        self.contract = Linear(hidden, width)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         hidden = to_tokens(self.depthwise(to_map(self.expand(tokens), grid)))

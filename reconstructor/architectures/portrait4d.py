@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from head3d.networks.resample import image_layout
 from head3d.run.config import PositiveInt
 from head3d.run.errors import ConfigError
 from reconstructor.background import BackgroundConfig, BackgroundNetwork
@@ -114,7 +115,7 @@ class Portrait4D(nn.Module):
         """image [B, 3, H, W] in [-1, 1], H = W = config.image_resolution."""
         side = self.config.image_resolution
         assert image.shape[1:] == (3, side, side), f"source image is {tuple(image.shape)}, expected [B, 3, {side}, {side}]"
-        placed = with_coordinates(image)
+        placed = image_layout(with_coordinates(image))
         return SourceCode(self.global_encoder(placed), self.detail_encoder(placed), self.background(placed))
 
     def deexpress(self, source: SourceCode, source_motion: Tensor, motion_scale: Tensor) -> Tensor:
