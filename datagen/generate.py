@@ -31,6 +31,7 @@ from datagen.plan import GeneratorFacts, Plan, check_folder, claim_folder, diffe
 from datagen.reading import write_index
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig, dataset_scales
+from datagen.report import write_report
 from datagen.shards import read_sidecar
 from datagen.storage import LocalFolder, Storage, open_storage
 from datagen.worker import Introduction, ShardMaker, ShardReport
@@ -64,6 +65,7 @@ class DatagenRun:
     failure_share: Fraction = 0.05  # of the plan's shards that may be given up; the run stops when there are more
     labels_share: Fraction = 1.0  # of the shards, the first ones, that carry depth, features and plane points
     licence: str = "not stated; the licences of the generator, its head model and its portraits apply"  # written into dataset.json
+    page: bool = True  # write index.html at the end: pictures, distributions and outliers of a bounded sample
     recipe: RecipeConfig = RecipeConfig()  # who, which motions, which cameras
     render: RenderConfig = RenderConfig()  # how frames are rendered
     shards: ShardConfig = ShardConfig()  # how they are packed
@@ -100,6 +102,8 @@ def generate(config: DatagenRun) -> int:
                     bar.update(report.frames)
                     bar.set_postfix(shards=f"{plan.shard_count - len(missing) + made}/{plan.shard_count}", failed=len(dispatch.given_up))
         write_index(out)
+        if config.page and (made or out.size("index.html") is None):
+            write_report(out)
     print(f"{config.out}: {plan.shard_count} shards, {total} frames of {plan.identities} identities; made {made} shards now")
     for shard, reason in sorted(dispatch.given_up.items()):
         print(f"  shard {shard:06d} failed: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -71,6 +72,18 @@ def save_png(path: Path | str, picture: np.ndarray, provenance: Mapping[str, Any
         Image.fromarray(picture).save(temporary, format="PNG", pnginfo=chunks)
 
 
+def jpeg_bytes(picture: np.ndarray, provenance: Mapping[str, Any]) -> bytes:
+    """A uint8 [H, W, 3] picture as a JPEG for a page, marked as synthetic in its comment; `provenance` as in `save_png`."""
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3, f"expected uint8 [H, W, 3], got {picture.shape}"
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="JPEG", quality=88, subsampling=0, comment=_comment(provenance).encode())
+    return stream.getvalue()
+
+
+def _comment(provenance: Mapping[str, Any]) -> str:
+    return json.dumps({"notice": SYNTHETIC_NOTICE, "source_type": SOURCE_TYPE, "provenance": dict(provenance)})
+
+
 def save_video(path: Path | str, frames: Iterable[np.ndarray], fps: float, provenance: Mapping[str, Any]) -> None:
     """Write uint8 [H, W, 3] frames as H.264 in mp4, atomically, marked as synthetic in the comment tag.
 
@@ -84,7 +97,6 @@ def save_video(path: Path | str, frames: Iterable[np.ndarray], fps: float, prove
     if first is None:
         raise ValueError(f"{path}: a video needs at least one frame")
     height, width = (size - size % 2 for size in first.shape[:2])
-    comment = json.dumps({"notice": SYNTHETIC_NOTICE, "source_type": SOURCE_TYPE, "provenance": dict(provenance)})
     with atomic_path(path) as temporary:
         writer = imageio_ffmpeg.write_frames(
             str(temporary),
@@ -95,7 +107,7 @@ def save_video(path: Path | str, frames: Iterable[np.ndarray], fps: float, prove
             quality=None,
             macro_block_size=2,
             ffmpeg_log_level="error",
-            output_params=["-crf", "18", "-metadata", f"comment={comment}", "-movflags", "+faststart", "-f", "mp4"],
+            output_params=["-crf", "18", "-metadata", f"comment={_comment(provenance)}", "-movflags", "+faststart", "-f", "mp4"],
         )
         writer.send(None)
         try:

@@ -30,6 +30,7 @@ COMMANDS = {
     "genhead": Command("pipelines.genhead", "train the 3D head generator on portraits"),
     "datagen": Command("pipelines.datagen", "produce labelled multi-view shards with a trained generator"),
     "verify": Command("pipelines.verify", "check a folder of shards and re-render samples from their recipes"),
+    "survey": Command("pipelines.survey", "look at a folder of shards on one page, and exclude what should not be read"),
     "reconstructor": Command("pipelines.reconstructor", "train the one-shot reconstructor on shards"),
     "evaluate": Command("pipelines.evaluate", "measure a reconstructor on held-out identities, or a generator"),
     "drive": Command("pipelines.drive", "animate one picture with a sequence of motions"),

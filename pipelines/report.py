@@ -15,12 +15,12 @@ from PIL import Image
 
 from datagen.reading import open_dataset
 from genhead.portraits import PortraitSet
+from head3d.pages import figure, line_chart, page, section, table
 from head3d.pictures import colorize, grid, save_png
 from head3d.run.errors import DataError
 from head3d.run.files import write_atomic
 from head3d.run.runlog import read_metrics
 
-CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 420, 150
 WIDE_ENOUGH_PX = 600  # smaller pictures are shown enlarged up to this
 
 
@@ -37,8 +37,12 @@ def main(config: ReportRun) -> int:
     if not folder.is_dir():
         raise DataError(f"{folder}: expected the folder of a demo run, there is none; run `headfoundry demo --out {folder}` first")
     sections = [head_section, portraits_section, genhead_section, shards_section, reconstructor_section, evaluation_section, drive_section]
-    body = "\n".join(section(folder) for section in sections)
-    write_atomic(folder / "index.html", PAGE.format(body=body))
+    body = "\n".join(make(folder) for make in sections)
+    lead = (
+        "From made-up portraits to a head that can be driven. "
+        "Every picture and video on this page is synthetic, unless it shows a source photograph."
+    )
+    write_atomic(folder / "index.html", page("Head Foundry", lead, body))
     print((folder / "index.html").resolve())
     return 0
 
@@ -47,7 +51,7 @@ def main(config: ReportRun) -> int:
 
 
 def head_section(folder: Path) -> str:
-    return _section(
+    return section(
         "The built-in head", "Identity and expression components, gaze, jaw and neck of the head model.", _pictures(folder, ["head.png"])
     )
 
@@ -55,13 +59,13 @@ def head_section(folder: Path) -> str:
 def portraits_section(folder: Path) -> str:
     record = folder / "portraits"
     if not (record / "data.mdb").exists():
-        return _section("Portraits", "not made yet", "")
+        return section("Portraits", "not made yet", "")
     portraits = PortraitSet(record)
     picked = [portraits[i] for i in range(min(24, len(portraits)))]
     sheet = np.concatenate([grid(np.stack([p.image for p in picked]), 12), grid(np.stack([_gray(p.matte) for p in picked]), 12)])
     save_png(folder / "report" / "portraits.png", sheet, {"source": "portraits"})
     note = f"{len(portraits)} made-up people, one picture each, with matte and label; the first {len(picked)} are shown."
-    return _section("Portraits", note, _pictures(folder, ["report/portraits.png"]))
+    return section("Portraits", note, _pictures(folder, ["report/portraits.png"]))
 
 
 def genhead_section(folder: Path) -> str:
@@ -77,17 +81,17 @@ def genhead_section(folder: Path) -> str:
     figures = "".join(_figure(folder, path, notes[name]) for name, path in zip(names, latest, strict=True) if path)
     metrics = read_metrics(run)
     names_of_curves = ["generator/adversarial", "discriminator/adversarial", "discriminator/r1", "generator/opacity"]
-    return _section("Head generator", _clock(metrics), figures + _curves(metrics, names_of_curves))
+    return section("Head generator", _clock(metrics), figures + _curves(metrics, names_of_curves))
 
 
 def shards_section(folder: Path) -> str:
     if not (folder / "shards" / "dataset.json").exists():
-        return _section("Shards", "not made yet", "")
+        return section("Shards", "not made yet", "")
     dataset = open_dataset(folder / "shards")
     labelled = [frame for frame in dataset.frames if "depth" in frame.members]  # the first shards may be the only ones
     frames = (labelled or dataset.frames)[:: max(1, len(labelled or dataset.frames) // 12)][:12]
     if not frames:
-        return _section("Shards", "none is finished yet", "")
+        return section("Shards", "none is finished yet", "")
     near, far = dataset.scales.near, dataset.scales.far
     pictures = []
     for frame in frames:
@@ -102,7 +106,9 @@ def shards_section(folder: Path) -> str:
     save_png(folder / "report" / "shards.png", grid(np.stack(pictures), 12), {"source": "shards"})
     identities = len({frame.identity for frame in dataset.frames})
     note = f"{len(dataset.frames)} frames of {identities} people; colour, {'depth, ' if labelled else ''}opacity of a few."
-    return _section("Shards", note, _pictures(folder, ["report/shards.png"]))
+    more = '<p><a href="shards/index.html">More of the shards: distributions, outliers, throughput</a></p>'
+    content = _pictures(folder, ["report/shards.png"]) + (more if (folder / "shards" / "index.html").exists() else "")
+    return section("Shards", note, content)
 
 
 def reconstructor_section(folder: Path) -> str:
@@ -111,59 +117,36 @@ def reconstructor_section(folder: Path) -> str:
     losses = sorted({name for line in metrics for name in line if name.startswith("loss/")})
     latest = sorted((run / "pictures").glob("*.png"))[-1:]
     figures = "".join(_figure(folder, path, "source, driver, output, truth, depth, novel view") for path in latest)
-    return _section("Reconstructor", _clock(metrics), figures + _curves(metrics, losses))
+    return section("Reconstructor", _clock(metrics), figures + _curves(metrics, losses))
 
 
 def evaluation_section(folder: Path) -> str:
     path = folder / "evaluation" / "evaluation.json"
     if not path.exists():
-        return _section("Evaluation", "not run yet", "")
+        return section("Evaluation", "not run yet", "")
     result = json.loads(path.read_text(encoding="utf-8"))
     measured = {(row["task"], row["row"], row["metric"]): row for row in result["rows"]}
     metrics = list(dict.fromkeys(row["metric"] for row in result["rows"]))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("task", "row", *metrics))
     lines = [
-        "".join(
-            f"<td>{cell}</td>" for cell in (_words(task), _words(row), *(_interval(measured.get((task, row, name))) for name in metrics))
-        )
+        (_words(task), _words(row), *(_interval(measured.get((task, row, name))) for name in metrics))
         for task, row in dict.fromkeys((row["task"], row["row"]) for row in result["rows"])
     ]
-    table = f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
     sheets = "".join(
         _figure(folder, sheet, f"{_words(sheet.stem.removeprefix('sheet_'))}: source, driver, ours, truth, copy")
         for sheet in sorted((folder / "evaluation").glob("*.png"))
     )
     note = "Against the generator's true rendering: mean and 95 % interval over people. PSNR in dB, depth error in scene units."
-    return _section("Evaluation on people held out", note, table + sheets)
+    return section("Evaluation on people held out", note, table(("task", "row", *metrics), lines) + sheets)
 
 
 def drive_section(folder: Path) -> str:
     videos = sorted((folder / "drive").glob("*.mp4"))
     players = "".join(f'<video src="{_link(folder, video)}" controls loop muted autoplay></video>' for video in videos)
     sheets = "".join(_figure(folder, sheet, "") for sheet in sorted((folder / "drive").glob("*.png")))
-    return _section("Driven head", "One picture in; synthetic video out.", players + sheets)
+    return section("Driven head", "One picture in; synthetic video out.", players + sheets)
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------------------
-
-
-def curve(points: list[tuple[float, float]], title: str) -> str:
-    """One line chart as SVG. points: (images seen, value), at least two."""
-    x, y = np.array(points, dtype=np.float64).T
-    low, high = float(y.min()), float(y.max())
-    span_x, span_y = max(x[-1] - x[0], 1e-9), max(high - low, 1e-9)
-    px = 46 + (x - x[0]) / span_x * (CURVE_WIDTH_PX - 56)
-    py = CURVE_HEIGHT_PX - 22 - (y - low) / span_y * (CURVE_HEIGHT_PX - 48)
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(px, py, strict=True))
-    texts = (
-        (46, 16, html.escape(title)),
-        (4, 32, f"{high:.3g}"),
-        (4, CURVE_HEIGHT_PX - 22, f"{low:.3g}"),
-        (46, CURVE_HEIGHT_PX - 6, f"{x[0]:.0f}"),
-        (CURVE_WIDTH_PX - 70, CURVE_HEIGHT_PX - 6, f"{x[-1]:.0f} images"),
-    )
-    labels = "".join(f'<text x="{a}" y="{b}">{text}</text>' for a, b, text in texts)
-    return f'<svg width="{CURVE_WIDTH_PX}" height="{CURVE_HEIGHT_PX}"><polyline points="{line}"/>{labels}</svg>'
 
 
 def _curves(metrics: list[dict], names: Iterable[str]) -> str:
@@ -171,7 +154,7 @@ def _curves(metrics: list[dict], names: Iterable[str]) -> str:
     for name in names:
         points = [(line["images_seen"], line[name]) for line in metrics if line.get(name) is not None]
         if len(points) > 1:
-            charts.append(curve(points, name))
+            charts.append(line_chart(points, name))
     return f"<div>{''.join(charts)}</div>"
 
 
@@ -189,18 +172,13 @@ def _pictures(folder: Path, names: Iterable[str]) -> str:
 
 
 def _figure(folder: Path, path: Path, caption: str) -> str:
-    text = html.escape(caption)
     with Image.open(path) as picture:
         width = picture.width * max(1, WIDE_ENOUGH_PX // picture.width)  # whole factors, so that pixels stay square
-    return f'<figure><img src="{_link(folder, path)}" width="{width}" alt="{text or path.stem}"><figcaption>{text}</figcaption></figure>'
+    return figure(path.relative_to(folder).as_posix(), width, caption, path.stem)
 
 
 def _link(folder: Path, path: Path) -> str:
     return html.escape(path.relative_to(folder).as_posix())
-
-
-def _section(title: str, note: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p>{content}</section>"
 
 
 def _interval(row: dict | None) -> str:
@@ -208,7 +186,7 @@ def _interval(row: dict | None) -> str:
 
 
 def _words(name: str) -> str:
-    return html.escape(name.replace("_", " "))
+    return name.replace("_", " ")
 
 
 def _gray(values: np.ndarray) -> np.ndarray:
@@ -220,20 +198,5 @@ def _upscale(values: np.ndarray, size: int) -> np.ndarray:
     factor = size // values.shape[0]
     return values.repeat(factor, 0).repeat(factor, 1)
 
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Head Foundry</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1280px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
-figure {{ display: inline-block; margin: 0 1rem 1rem 0 }} figcaption {{ color: #666; font-size: 14px }}
-img {{ max-width: 100%; height: auto; image-rendering: pixelated }} video {{ width: 384px; image-rendering: pixelated }}
-table {{ border-collapse: collapse; margin-bottom: 1rem }} td, th {{ border: 1px solid #ccc; padding: 3px 10px; text-align: right }}
-svg polyline {{ fill: none; stroke: #2a6fb0; stroke-width: 1.5 }} svg text {{ font-size: 11px; fill: #555 }}
-</style></head><body>
-<h1>Head Foundry</h1>
-<p>From made-up portraits to a head that can be driven.
-Every picture and video on this page is synthetic, unless it shows a source photograph.</p>
-{body}
-</body></html>
-"""
 
 CONFIG = ReportRun

@@ -121,6 +121,7 @@ def run_of(generator):
             "identities": 5,
             "workers": 0,
             "device": "cpu",
+            "page": False,
             "recipe": RecipeConfig(
                 dynamic_motions=2, dynamic_views=3, static_views=2, motion=MotionDraws(expression_std=1.0),
                 split_rule="modulo", val_share=0.25, test_share=0.25,

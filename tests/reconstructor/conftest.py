@@ -101,6 +101,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_genhead: Callable[[int]
         generator=folder / "generator",
         identities=8,
         workers=0,
+        page=False,
         recipe=recipe,
         render=RenderConfig(points=30),
         shards=ShardConfig(identities_per_shard=3),
