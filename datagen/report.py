@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import html
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ PEOPLE, MAPS, TURNING, TURN_VIEWS = 48, 12, 4, 15  # pictures: people, frames wi
 OUTLIERS, OUTLYING = 6, 3.5  # frames shown for each measure; robust deviations from which one counts as an outlier
 WORKERS = 40  # rows of the table of workers
 PARTS = np.array([[40, 44, 48], [214, 168, 140], [90, 150, 220], [200, 70, 80]], np.uint8)  # none, skin, eye, mouth
+
+# A map's first view as a picture [R, R, 3]; depth comes as nearness to the camera from the origin on, positions as shares of the box
+MAP_PICTURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "opacity": lambda values: np.repeat((values * 255).astype(np.uint8)[..., None], 3, axis=-1),
+    "parts": lambda values: PARTS[values],
+    "depth": lambda values: colorize(values, -0.5, 0.5),
+    "normals": lambda values: _signed_colors(values),
+    "correspondence": lambda values: _signed_colors(values),
+}
 
 _TURN_SCRIPT = """
 const turns = JSON.parse(document.getElementById('yaws').textContent);
@@ -101,37 +111,38 @@ def _summary(dataset: ShardDataset, found: Survey) -> str:
 
 def _people(dataset: ShardDataset, found: Survey) -> str:
     firsts = list({frame.identity: frame for frame in reversed(found.frames)}.values())[::-1]
-    pictures = [_tile(dataset.read(frame, ["rgb.0"])["rgb.0"]) for frame in _spread(firsts, PEOPLE)]
+    pictures = [_tile(dataset, dataset.read(frame, ["rgb.0"])["rgb.0"]) for frame in _spread(firsts, PEOPLE)]
     sheet = grid(np.stack(pictures), 12)
     return section("People", f"One picture of each of {len(pictures)} people.", _sheet(sheet, "people"))
 
 
 def _maps(dataset: ShardDataset, found: Survey) -> str:
-    labelled = [frame for frame in found.frames if "depth" in frame.members] or found.frames
-    columns = [_map_tiles(dataset, frame) for frame in _spread(labelled, MAPS)]
-    names = list(columns[0])
-    rows = "".join(_sheet(grid(np.stack([tiles[name] for tiles in columns]), len(columns)), name) for name in names)
-    note = f"The first view of {len(columns)} frames with what belongs to it. Parts are skin, eyes, mouth; near depths are bright."
+    names = set(MAP_PICTURES)
+    most = max(len(names & frame.members.keys()) for frame in found.frames)  # the first shards may be the only ones with all labels
+    chosen = _spread([frame for frame in found.frames if len(names & frame.members.keys()) == most], MAPS)
+    columns = [_map_tiles(dataset, frame) for frame in chosen]
+    shared = [name for name in columns[0] if all(name in tiles for tiles in columns)]
+    rows = "".join(_sheet(grid(np.stack([tiles[name] for tiles in columns]), len(columns)), name) for name in shared)
+    note = (
+        f"The first view of {len(columns)} frames with what belongs to it, where the set has it. Parts are skin, eyes, mouth; near depths "
+        "are bright; normals and canonical positions have x, y, z as red, green, blue."
+    )
     return section("Maps", note, rows)
 
 
 def _map_tiles(dataset: ShardDataset, frame: FrameEntry) -> dict[str, np.ndarray]:
-    """Pictures [T, T, 3] of the first view's members by caption."""
-    optional = [name for name in ("depth", "normals") if name in frame.members]
-    sample = dataset.read(frame, ["rgb.0", "opacity", "parts", "label", *optional])
-    picture = _tile(sample["rgb.0"])
-    side, opacity = picture.shape[0], sample["opacity"][0]
-    tiles = {
-        "colour": picture,
-        "opacity": np.repeat(on_grid((opacity * 255).astype(np.uint8), side)[..., None], 3, axis=-1),
-        "parts": PARTS[on_grid(sample["parts"][0], side)],
-    }
-    if "depth" in optional:
-        distance = float(np.linalg.norm(sample["label"][0, [3, 7, 11]]))
-        nearness = np.where(opacity > 0.5, distance - sample["depth"][0], np.nan)
-        tiles["depth"] = on_grid(colorize(nearness, -0.5, 0.5), side)
-    if "normals" in optional:
-        tiles["normals"] = on_grid(((sample["normals"][0] + 1) * 127.5).clip(0, 255).astype(np.uint8), side)
+    """Pictures [T, T, 3] of the first view and its maps by caption."""
+    maps = [name for name in MAP_PICTURES if name in frame.members]
+    sample = dataset.read(frame, ["rgb.0", "label", *maps])
+    distance = float(np.linalg.norm(sample["label"][0, [3, 7, 11]]))
+    tiles = {"colour": _tile(dataset, sample["rgb.0"])}
+    for name in maps:
+        values = sample[name][0]
+        if name == "depth":
+            values = np.where(values < dataset.scales.far * 0.999, distance - values, np.nan)
+        if name == "correspondence":
+            values = values / (dataset.scales.box_side / 2)
+        tiles[name] = _tile(dataset, MAP_PICTURES[name](values))
     return tiles
 
 
@@ -149,7 +160,7 @@ def _turntable(dataset: ShardDataset, found: Survey) -> str:
         labels = {frame.key: dataset.read(frame, ["label"])["label"] for frame, _ in views[identity]}
         angles = {(frame.key, view): _yaw_deg(labels[frame.key][view]) for frame, view in views[identity]}
         ordered = _spread(sorted(views[identity], key=lambda place: angles[place[0].key, place[1]]), TURN_VIEWS)
-        tiles = np.stack([_tile(dataset.read(frame, [f"rgb.{view}"])[f"rgb.{view}"]) for frame, view in ordered])
+        tiles = np.stack([_tile(dataset, dataset.read(frame, [f"rgb.{view}"])[f"rgb.{view}"]) for frame, view in ordered])
         source = data_url(grid(tiles, len(tiles), 0), {"page": "turntable", "identity": identity})
         yaws.append([round(angles[frame.key, view], 1) for frame, view in ordered])
         turning.append(
@@ -226,7 +237,7 @@ def _outliers(dataset: ShardDataset, found: Survey) -> str:
 
 def _card(dataset: ShardDataset, frame: FrameEntry, view: int, why: str) -> str:
     sample = dataset.read(frame, [f"rgb.{view}", "json"])
-    source = data_url(_tile(sample[f"rgb.{view}"]), {"page": "outliers", "key": frame.key, "view": view})
+    source = data_url(_tile(dataset, sample[f"rgb.{view}"]), {"page": "outliers", "key": frame.key, "view": view})
     recipe = html.escape(json.dumps(sample["json"], indent=1))
     return (
         f'<div class="card"><img src="{source}" alt="frame {frame.key}, view {view}">{html.escape(why)}<br>'
@@ -288,11 +299,17 @@ def read_log(storage: Storage) -> list[dict[str, Any]]:
 # ---- pieces --------------------------------------------------------------------------------------------------------------
 
 
-def _tile(picture: np.ndarray) -> np.ndarray:
-    """A square picture, smaller where it is larger than a tile."""
-    if picture.shape[0] <= TILE_PX:
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((TILE_PX, TILE_PX), Image.Resampling.BOX))
+def _tile(dataset: ShardDataset, picture: np.ndarray) -> np.ndarray:
+    """A square picture at the side that all tiles of this set have; small ones are enlarged pixel by pixel."""
+    side = min(TILE_PX, dataset.manifest["settings"]["generator"]["model"]["image_resolution"])
+    if picture.shape[0] <= side:
+        return on_grid(picture, side)
+    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BOX))
+
+
+def _signed_colors(values: np.ndarray) -> np.ndarray:
+    """Numbers [3, R, R] in [-1, 1] as red, green and blue [R, R, 3]."""
+    return ((values.transpose(1, 2, 0) + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
 
 def _sheet(sheet: np.ndarray, name: str) -> str:

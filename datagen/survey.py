@@ -21,6 +21,7 @@ from head3d.run.runlog import progress
 from head3d.run.seeding import numpy_generator
 
 SHARDS, FRAMES = 64, 300  # at most so many shards are opened, and so many of their frames read
+MAPS = ("opacity", "parts", "depth")  # members that are measured where the set has them
 SILHOUETTE = 0.5  # opacity from which a pixel counts as head
 SKIN = 1  # number in the member `parts`
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution
@@ -31,7 +32,7 @@ TONES = (("very light", 55.0), ("light", 41.0), ("intermediate", 28.0), ("tan", 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What was read. Arrays are [n] over views or over frames; NaN where a quantity has no value (no head in the picture)."""
+    """What was read. Arrays are [n] over views or over frames; NaN where there is no value (no head in the picture, no label)."""
 
     frames: list[FrameEntry]  # that were read
     shards: int  # that they were drawn from
@@ -58,18 +59,8 @@ def survey(dataset: ShardDataset, frames: int = FRAMES, shards: int = SHARDS) ->
     chosen = [candidates[index] for index in sorted(rng.permutation(len(candidates))[:frames])]
 
     def read(frame: FrameEntry) -> dict[str, np.ndarray]:
-        return measure_frame(
-            dataset.read(
-                frame,
-                [
-                    "label",
-                    "opacity",
-                    "parts",
-                    *(f"rgb.{view}" for view in range(frame.views)),
-                    *(["depth"] if "depth" in frame.members else []),
-                ],
-            )
-        )
+        maps = [name for name in MAPS if name in frame.members]
+        return measure_frame(dataset.read(frame, ["label", *maps, *(f"rgb.{view}" for view in range(frame.views))]))
 
     measured = []
     with progress(len(chosen), "survey", unit="frame") as bar:
@@ -90,33 +81,34 @@ def survey(dataset: ShardDataset, frames: int = FRAMES, shards: int = SHARDS) ->
 def measure_frame(members: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The quantities of `Survey` of one frame: [V] for views, [1] for the frame.
 
-    members: `label` [V, 437], `opacity` and `parts` [V, R, R], `rgb.0` ... [S, S, 3], and `depth` [V, R, R] or not.
+    members: `label` [V, 437], `rgb.0` ... [S, S, 3], and what there is of `opacity`, `parts` and `depth` [V, R, R].
     """
-    labels = torch.from_numpy(np.array(members["label"]))
-    label, opacity, parts = unpack_label(labels), members["opacity"], members["parts"]
-    views, side = opacity.shape[:2]
+    label = unpack_label(torch.from_numpy(np.array(members["label"])))
+    views = len(members["label"])
     backward, position = label.camera.c2w[:, :3, 2].numpy(), label.camera.c2w[:, :3, 3].numpy()
-    distance = np.linalg.norm(position, axis=-1)
-    lab = np.stack([_lab(members[f"rgb.{view}"], side) for view in range(views)])  # [V, R, R, 3]
-    head = opacity > SILHOUETTE
-    yaw = np.degrees(np.arctan2(backward[:, 0], backward[:, 2]))
+    yaw, distance = np.degrees(np.arctan2(backward[:, 0], backward[:, 2])), np.linalg.norm(position, axis=-1)
     eyes = np.degrees(label.motion.eye_pose[0].numpy().reshape(2, 3).mean(0))
-    frontal = int(np.abs(yaw).argmin())
-    depth = (
-        [_mean(values, mask) for values, mask in zip(members["depth"], head, strict=True)] if "depth" in members else np.full(views, np.nan)
-    )
-    return {
+    found = {name: np.full(views, np.nan) for name in ("silhouette", "exposure", "depth")} | {
         "yaw_deg": yaw,
         "pitch_deg": np.degrees(np.arcsin(np.clip(backward[:, 1], -1, 1))),
-        "silhouette": head.mean((1, 2)) * _picture_area(label.camera, distance),
-        "exposure": np.array([_mean(values[..., 0], mask) for values, mask in zip(lab, head, strict=True)]),
-        "depth": np.array(depth) - distance,
         "expression": np.linalg.norm(label.motion.expression[:1].numpy(), axis=-1),
         "jaw_deg": np.degrees(label.motion.jaw_pose[:1, 0].numpy()),
         "gaze_pitch_deg": eyes[:1],
         "gaze_yaw_deg": eyes[1:2],
-        "tone_deg": np.array([skin_tone(lab[frontal], (parts[frontal] == SKIN) & head[frontal])]),
+        "tone_deg": np.full(1, np.nan),
     }
+    if "opacity" not in members:
+        return found
+    head = members["opacity"] > SILHOUETTE
+    lab = np.stack([_lab(members[f"rgb.{view}"], head.shape[1]) for view in range(views)])  # [V, R, R, 3]
+    found["silhouette"] = head.mean((1, 2)) * _picture_area(label.camera, distance)
+    found["exposure"] = np.array([_mean(values[..., 0], mask) for values, mask in zip(lab, head, strict=True)])
+    if "depth" in members:
+        found["depth"] = np.array([_mean(values, mask) for values, mask in zip(members["depth"], head, strict=True)]) - distance
+    if "parts" in members:
+        frontal = int(np.abs(yaw).argmin())
+        found["tone_deg"][0] = skin_tone(lab[frontal], (members["parts"][frontal] == SKIN) & head[frontal])
+    return found
 
 
 def skin_tone(lab: np.ndarray, skin: np.ndarray) -> float:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from datagen.generate import generate
 from datagen.reading import open_dataset
+from datagen.render import RenderConfig
 from datagen.report import report_text, write_report
 from head3d.run.errors import DataError
 from pipelines.__main__ import run_command
@@ -73,10 +74,15 @@ def test_workers_are_listed_slowest_first(folder):
     assert text.index(slow) < text.index(quick) and "3 shards by 2 workers" in text
 
 
-def test_a_set_without_labels_is_shown_without_depth(tmp_path, run_of):
-    assert generate(run_of(tmp_path / "set", identities=2, labels_share=0.0)) == 0
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [((), []), (("opacity", "normals", "correspondence", "depth"), ["opacity", "depth", "normals", "correspondence"])],
+)
+def test_the_page_shows_the_maps_that_there_are(tmp_path, run_of, labels, shown):
+    assert generate(run_of(tmp_path / "set", identities=2, render=RenderConfig(labels=labels))) == 0
     text = report_text(open_dataset(tmp_path / "set"))
-    assert "<figcaption>depth</figcaption>" not in text and "<figcaption>parts</figcaption>" in text
+    assert re.findall("<figcaption>([a-z]+)</figcaption>", text) == ["people", "colour", *shown]
+    assert ("no values" in text) == ("parts" not in shown) and ("unknown" in text) == (not shown)
 
 
 def test_a_set_without_a_finished_shard_says_so(folder):
