@@ -64,6 +64,14 @@ class Plan:
     device: str  # "cpu" or "cuda": where it is rendered first; a picture's last bit depends on it
     rasterizer: Backend  # what draws masks first; their edges depend on it in one pixel of ten thousand
 
+    def __post_init__(self) -> None:
+        side, largest = self.render.motion_rich_side, self.generator.settings["image_resolution"]
+        if self.recipe.motion_rich_share > 0 and side > largest:
+            raise ConfigError(
+                f"render.motion_rich_side: expected at most {largest} px, the generator's pictures, got {side}; set it lower, or "
+                "recipe.motion_rich_share to 0"
+            )
+
     @property
     def shard_count(self) -> int:
         return math.ceil(self.identities / self.shards.identities_per_shard)
@@ -90,7 +98,7 @@ class Plan:
         """What the letters in the members' shapes stand for; all but V, which is the sample's number of views."""
         model = self.generator.settings
         return {
-            "S": model["image_resolution"],
+            "S": self.render.motion_rich_side if kind == "motion-rich" else model["image_resolution"],
             "R": model["render_resolution"],
             "C": model["feature_channels"],
             "P": model["plane_channels"],

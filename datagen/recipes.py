@@ -6,8 +6,9 @@ the number of workers nor a later setting of another aspect changes it. Distribu
 with the statistics of those labels, stated at each field; the draws of the built-in studio, which are right for a generator
 trained on its portraits, because a generator shows best what it has seen; or the published sample sets themselves.
 
-    dynamic  several motions, each from several cameras: reenactment pairs
-    static   one motion from several cameras: reconstruction pairs; no jaw augmentation, as published
+    dynamic      several motions, each from several cameras: reenactment pairs
+    static       one motion from several cameras: reconstruction pairs; no jaw augmentation, as published
+    motion-rich  many motions, drawn as dynamic ones are, in small pictures: motions to tell apart (contrastive pre-training)
 The neck is at rest in all of them: the camera carries the head's rotation (section 5, "neck = 0 always").
 """
 
@@ -30,7 +31,7 @@ from head3d.run.seeding import numpy_generator
 
 STUDIO_TARGET_XY, STUDIO_RADIUS = 0.03, (3.74, 4.45)  # the limits inside `draw_label`, scene units
 
-Kind = Literal["static", "dynamic"]
+Kind = Literal["static", "dynamic", "motion-rich"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Split = Literal["train", "val", "test"]
 Source = Literal["parametric", "studio", "sample-sets"]
@@ -98,6 +99,9 @@ class RecipeConfig:
     dynamic_motions: PositiveInt = 4  # motions of a dynamic identity
     dynamic_views: PositiveInt = 5  # cameras of each of its motions
     static_views: PositiveInt = 5  # cameras of a static identity's one motion
+    motion_rich_share: Fraction = 0.0  # of the identities; the rest are static
+    motion_rich_motions: PositiveInt = 16  # motions of a motion-rich identity
+    motion_rich_views: PositiveInt = 2  # cameras of each of its motions
     source: Source = "parametric"  # of shapes, motions, portrait cameras; studio: as the built-in portraits; sample-sets: rows of files
     sample_sets: SampleSetFiles = SampleSetFiles()  # the files, if source is sample-sets
     truncation_psi: NonNegativeFloat = 0.95  # of the generator's mapping; the background is never truncated
@@ -114,6 +118,8 @@ class RecipeConfig:
     # the identities of its kind, in a period of 1 / smaller share: val first, then test, then train, so that tiny sets hold some of each
 
     def __post_init__(self) -> None:
+        if self.dynamic_share + self.motion_rich_share > 1:
+            raise ValueError(f"dynamic_share + motion_rich_share: expected at most 1, got {self.dynamic_share + self.motion_rich_share:g}")
         if self.val_share + self.test_share > 1:
             raise ValueError(f"val_share + test_share: expected at most 1, got {self.val_share + self.test_share:g}")
         if self.source == "sample-sets" and len(self.sample_sets.paths()) < 4:
@@ -151,8 +157,9 @@ class IdentityRecipe(NamedTuple):
 
 
 def kind_of(config: RecipeConfig, identity: int) -> Kind:
-    """Dynamic identities are spread evenly: among the first n there are floor(n * dynamic_share)."""
-    return "dynamic" if _count(config, identity + 1) > _count(config, identity) else "static"
+    """Kinds are spread evenly: among the first n identities there are floor(n * motion_rich_share) motion-rich ones, and dynamic ones
+    are spread in the same way over the others."""
+    return _kind_and_rank(config, identity)[0]
 
 
 def split_of(config: RecipeConfig, seed: int, identity: int) -> Split:
@@ -163,8 +170,7 @@ def split_of(config: RecipeConfig, seed: int, identity: int) -> Split:
         shares = [share for share in (config.val_share, config.test_share) if share > 0]
         if not shares:
             return "train"
-        dynamic = _count(config, identity)
-        rank = dynamic if kind_of(config, identity) == "dynamic" else identity - dynamic
+        _, rank = _kind_and_rank(config, identity)
         period = max(1, round(1 / min(shares)))
         place, val, test = rank % period, round(config.val_share * period), round(config.test_share * period)
     return "val" if place < val else "test" if place < val + test else "train"
@@ -172,7 +178,13 @@ def split_of(config: RecipeConfig, seed: int, identity: int) -> Split:
 
 def frame_count(config: RecipeConfig, identity: int) -> int:
     """Frames (motions) of an identity, without drawing it."""
-    return config.dynamic_motions if kind_of(config, identity) == "dynamic" else 1
+    match kind_of(config, identity):
+        case "dynamic":
+            return config.dynamic_motions
+        case "motion-rich":
+            return config.motion_rich_motions
+        case "static":
+            return 1
 
 
 def draw_identity(config: RecipeConfig, seed: int, identity: int) -> IdentityRecipe:
@@ -180,7 +192,7 @@ def draw_identity(config: RecipeConfig, seed: int, identity: int) -> IdentityRec
     kind = kind_of(config, identity)
     rng = numpy_generator(seed, "identity", identity, "shape")
     shape = _draw_shape(config, rng)
-    views = config.dynamic_views if kind == "dynamic" else config.static_views
+    views = {"dynamic": config.dynamic_views, "static": config.static_views, "motion-rich": config.motion_rich_views}[kind]
     motions = []
     for index in range(frame_count(config, identity)):
         clip_rng = numpy_generator(seed, "identity", identity, "clip")  # the same for all motions
@@ -221,9 +233,19 @@ def deciding_settings(config: RecipeConfig) -> dict[str, Any]:
     return settings
 
 
-def _count(config: RecipeConfig, identities: int) -> int:
-    """Dynamic identities among the first `identities`. The small term keeps 10 * 0.3 at 3."""
-    return math.floor(identities * config.dynamic_share + 1e-9)
+def _kind_and_rank(config: RecipeConfig, identity: int) -> tuple[Kind, int]:
+    """The kind of an identity, and how many of that kind have a smaller number."""
+
+    def count(numbers: int, share: float) -> int:
+        return math.floor(numbers * share + 1e-9)  # the small term keeps 10 * 0.3 at 3
+
+    rich = count(identity, config.motion_rich_share)
+    if count(identity + 1, config.motion_rich_share) > rich:
+        return "motion-rich", rich
+    place = identity - rich  # among the others
+    share = config.dynamic_share / (1 - config.motion_rich_share)
+    dynamic = count(place, share)
+    return ("dynamic", dynamic) if count(place + 1, share) > dynamic else ("static", place - dynamic)
 
 
 def _studio_label(rng: np.random.Generator) -> HeadLabel:
@@ -253,7 +275,7 @@ def _draw_motion(
             motion = _studio_label(rng).motion
         case "sample-sets":
             sets = load_sample_sets(config.sample_sets)
-            parts = sets.clip_frame(clip_rng, index, rng) if kind == "dynamic" else sets.photograph(rng)
+            parts = sets.photograph(rng) if kind == "static" else sets.clip_frame(clip_rng, index, rng)
             expression, jaw_pose, eye_pose = map(_row, parts)
             motion = Motion(expression, torch.zeros(1, 3), jaw_pose, eye_pose)
     opened, jaw = bool(rng.random() < config.motion.jaw_open_probability), rng.uniform(*config.motion.jaw_open_rad)

@@ -22,6 +22,7 @@ from genhead.generator import GenHead, GenHeadOutput
 from head3d.cameras import Camera
 from head3d.deformation import PosedHead
 from head3d.labels import Motion, pack_label
+from head3d.networks.resample import resize_antialias
 from head3d.pictures import to_uint8
 from head3d.rendering import RaySampling
 from head3d.run.config import PositiveInt
@@ -38,15 +39,19 @@ class RenderConfig:
     points: PositiveInt = 4000  # plane points a view, published; for the label planepoints
     jitter: bool = True  # ray samples are jittered, as published; false renders at bin centres
     views_at_once: PositiveInt = 5  # views of a motion in one batch: memory against speed; other batches round differently
+    motion_rich_side: PositiveInt = 128  # px, of pictures of motion-rich identities: the final picture, reduced with antialiasing
+    motion_rich_labels: tuple[LabelName, ...] = ()  # what frames of motion-rich identities carry in the place of `labels`
 
     def __post_init__(self) -> None:
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"labels: expected each label once, got {' '.join(self.labels)}")
-        object.__setattr__(self, "labels", tuple(name for name in LABELS if name in self.labels))  # their order decides nothing
+        for name in ("labels", "motion_rich_labels"):
+            chosen = getattr(self, name)
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"{name}: expected each label once, got {' '.join(chosen)}")
+            object.__setattr__(self, name, tuple(label for label in LABELS if label in chosen))  # their order decides nothing
 
     def labels_of(self, kind: Kind) -> tuple[LabelName, ...]:
         """The labels that frames of a kind carry."""
-        return self.labels
+        return self.motion_rich_labels if kind == "motion-rich" else self.labels
 
 
 def dataset_scales(recipes: RecipeConfig, sampling: RaySampling) -> Scales:
@@ -158,6 +163,8 @@ def _views(config: RenderConfig, seen: Seen) -> dict[str, np.ndarray]:
     image = seen.output.images.image
     if not torch.isfinite(image).all():
         raise seen.error(_NOT_FINITE.format("picture"))
+    if seen.renderer.recipe.kind == "motion-rich":
+        image = resize_antialias(image.clamp(-1, 1), config.motion_rich_side)
     values: Values = {"rgb": to_uint8(image)}
     for label in _labels(config, seen.renderer.recipe):
         if label.compute is not None:

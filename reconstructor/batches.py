@@ -3,7 +3,8 @@
 The order is endless and a pure function of (frames, seed, position): position n is static or dynamic by an even pattern, so every
 global batch holds an exact share of each; each of the two kinds runs through its frames epoch by epoch, shards permuted, frames
 permuted inside windows of shards. The state of the stream is therefore one integer, the samples seen; ranks, threads and prefetch
-may change between save and resume.
+may change between save and resume. Targets are frames that have what the batch compares with: while exact labels are needed, the
+labelled share of a data set; later, all of it.
 
     dynamic  source = frame A, view i;  driver = motion B;  target = frame B, view j     one identity, A != B, motion scale 1
     static   source = frame A, view i;  driver = motion A;  target = frame A, view j     i != j,               motion scale 0
@@ -14,7 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fractions
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -38,6 +39,7 @@ class Frame(Protocol):
     kind: str  # static, dynamic or motion-rich
     split: str  # train, val or test
     views: int
+    members: Container[str]  # names that can be read
 
 
 class FrameSource(Protocol):
@@ -54,6 +56,7 @@ class BatchConfig:
 
     size: PositiveInt = 32  # samples a training step, over all ranks
     static_share: Fraction = 0.5  # of a batch: same motion, cross-attention off; the rest is reenactment
+    motion_rich: bool = False  # dynamic samples come from motion-rich identities too; false: those frames are not used
     shuffle_window: PositiveInt = 8  # shards whose frames are shuffled together
     threads: NonNegativeInt = 2  # decoding threads a rank; 0 decodes in the training loop
     prefetch: PositiveInt = 3  # batches decoded ahead, a rank
@@ -130,10 +133,22 @@ class _Pool:
         return np.concatenate([rng.permutation(window) for window in windows])
 
 
-class ItemOrder:
-    """The endless order of items. `item(n)` is a pure function; nothing is remembered but caches."""
+def usable_frames(frames: Sequence[Frame], config: BatchConfig, split: str, members: Iterable[str] = ()) -> list[int]:
+    """Numbers of the frames of a split that batches may be made of and that have all of `members`."""
+    return [
+        index
+        for index, frame in enumerate(frames)
+        if frame.split == split and (config.motion_rich or frame.kind != "motion-rich") and all(name in frame.members for name in members)
+    ]
 
-    def __init__(self, frames: Sequence[Frame], config: BatchConfig, seed: int, split: str = "train") -> None:
+
+class ItemOrder:
+    """The endless order of items. `item(n)` is a pure function; nothing is remembered but caches.
+
+    members: what frames must have to be used.
+    """
+
+    def __init__(self, frames: Sequence[Frame], config: BatchConfig, seed: int, split: str = "train", members: Iterable[str] = ()) -> None:
         self.frames, self._seed, self._size = frames, seed, config.size
         self._share = fractions.Fraction(config.static_share).limit_denominator(1000)
         if (self._share * config.size).denominator != 1:
@@ -141,9 +156,11 @@ class ItemOrder:
                 f"batches.static_share {config.static_share} of batches.size {config.size} is {float(self._share * config.size):g} "
                 "samples; choose a size for which both shares are whole numbers"
             )
-        chosen = [index for index, frame in enumerate(frames) if frame.split == split]
+        members = sorted(members)
+        where = f"the split '{split}'" + (f" that has {', '.join(members)}" if members else "")
+        chosen = usable_frames(frames, config, split, members)
         if not chosen:
-            raise DataError(f"the shards hold no frame of the split '{split}'; generate more identities or another split rule")
+            raise DataError(f"the shards hold no frame of {where}; generate more identities or labels, or another split rule")
         self._by_identity: dict[int, list[int]] = {}
         for index in chosen:
             self._by_identity.setdefault(frames[index].identity, []).append(index)
@@ -151,15 +168,14 @@ class ItemOrder:
         dynamic = [i for i in chosen if frames[i].kind != "static" and len(self._by_identity[frames[i].identity]) > 1]
         if self._share > 0 and not static:
             raise ConfigError(
-                f"batches.static_share is {config.static_share}, but no frame of the split '{split}' is of kind 'static' with two "
+                f"batches.static_share is {config.static_share}, but no frame of {where} is of kind 'static' with two "
                 "views or more; generate static identities, or set --batches.static_share 0"
             )
         if self._share < 1 and not dynamic:
             raise ConfigError(
-                f"batches.static_share is {config.static_share}, but no identity of the split '{split}' has two motions; "
+                f"batches.static_share is {config.static_share}, but no identity of {where} has two motions; "
                 "generate dynamic identities, or set --batches.static_share 1"
             )
-        self.used = sorted(set(static if self._share > 0 else []) | set(dynamic if self._share < 1 else []))
         self._pools = {
             True: _Pool(frames, static, seed, "static", config.shuffle_window),
             False: _Pool(frames, dynamic, seed, "dynamic", config.shuffle_window),
@@ -239,7 +255,7 @@ def collate(samples: Sequence[dict[str, np.ndarray]]) -> Batch:
 class BatchStream:
     """Iterate over batches of one rank, decoded ahead by threads. Use as a context manager, or call `close`.
 
-    members: label members to read in the batch that starts at a given number of samples seen.
+    members: label members to read in the batch that starts at a given number of samples seen; its frames are those that have them.
     An error while reading is raised by the `next` that would have returned that batch, after all earlier batches.
     """
 
@@ -260,7 +276,8 @@ class BatchStream:
             raise ConfigError(
                 f"batches.size {config.size} is not divisible by {world_size} ranks; every rank must get equally many samples"
             )
-        self.order = ItemOrder(dataset.frames, config, seed, split)
+        self._orders: dict[frozenset[str], ItemOrder] = {}
+        self._seed, self._split = seed, split
         self.samples_seen = samples_seen  # of all ranks, in the batches handed out so far
         self._dataset, self._config, self._members = dataset, config, members
         self._rank, self._world_size, self._driver_image = rank, world_size, driver_image
@@ -283,7 +300,9 @@ class BatchStream:
 
     def _plan(self) -> list[tuple[Item, frozenset[str]]]:
         members = frozenset(self._members(self._ahead))
-        items = self.order.batch(self._ahead, self._rank, self._world_size)
+        if members not in self._orders:
+            self._orders[members] = ItemOrder(self._dataset.frames, self._config, self._seed, self._split, members)
+        items = self._orders[members].batch(self._ahead, self._rank, self._world_size)
         self._ahead += self._config.size
         return [(item, members) for item in items]
 

@@ -201,8 +201,8 @@ def expression_names(head_model: str) -> dict[str, int]:
 
 
 def held_out_frames(dataset: ShardDataset) -> list:
-    """Frames that no training saw, dynamic ones first. Raises DataError if there are none."""
-    frames = [frame for frame in dataset.frames if frame.split != "train"]
+    """Frames that no training saw, dynamic ones first; none of small pictures. Raises DataError if there are none."""
+    frames = [frame for frame in dataset.frames if frame.split != "train" and frame.kind != "motion-rich"]
     if not frames:
         raise DataError(
             f"{dataset.folder}: no identity is held out; generate with --recipe.test_share above 0, or give a picture file as source"

@@ -194,7 +194,7 @@ def draw_cases(dataset: ShardDataset, config: EvaluateRun) -> list[Case]:
     """The samples of all tasks, by task and source identity; a pure function of (frames, seed, counts)."""
     by_identity: dict[int, list[FrameEntry]] = {}
     for frame in dataset.frames:
-        if frame.split == config.split:
+        if frame.split == config.split and frame.kind != "motion-rich":  # those pictures are small
             by_identity.setdefault(frame.identity, []).append(frame)
     if not by_identity:
         raise DataError(

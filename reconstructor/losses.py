@@ -3,8 +3,10 @@
 Every term compares a rendered head with the generator's own rendering of the same head: pictures, features, tri-plane features at
 points, depth and opacity. The perceptual, identity and adversarial terms need networks of their own and are not part of this file.
 
-Deliberate differences from the source. The foreground target is the generator's foreground before the background is added, not
-composite times opacity, which mixes background into every half-covered pixel. Density smoothness, every 16 steps, is added to the other
+Deliberate differences from the source. The target of foreground features is the generator's foreground before the background is
+added, and the target of foreground RGB is what the raw target leaves in front of the background, raw - (1 - opacity) * background in
+[0, 1]: the three targets are then one composite, and no frame needs a label of its own for it. There, both are composite times opacity,
+which mixes background into every half-covered pixel. Density smoothness, every 16 steps, is added to the other
 terms of that step instead of taking a step of its own, so Adam's rates need no correction for more steps (there 16/17 of each).
 """
 
@@ -16,6 +18,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from datagen.labels import label_of
 from head3d.networks.resample import resize_antialias
 from head3d.rendering import HeadImages
 from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -62,7 +65,7 @@ class LossConfig:
 
 # What each term compares with: members of a target frame, as `ShardDataset.read` names them. {view} is the target's view.
 TERM_MEMBERS: dict[str, tuple[str, ...]] = {
-    "image": ("foreground", "background"),
+    "image": ("opacity", "background"),
     "features": ("foreground", "identity.background"),
     "points": ("points", "point_features"),
     "depth": ("depth", "opacity"),
@@ -76,22 +79,29 @@ def members_needed(config: LossConfig, images_seen: int) -> frozenset[str]:
     return frozenset(member for term in terms for member in TERM_MEMBERS[term])
 
 
-def check_labels(config: LossConfig, available: Mapping[str, int], frames: int, where: str) -> None:
-    """Refuse to start if a term that will ever count has no labels.
+def check_labels(config: LossConfig, available: Mapping[str, int], frames: int, where: str) -> list[str]:
+    """Refuse to start if a term that will ever count has no labels; a sentence for each term that has them for some frames only.
 
     available: how many of the `frames` training frames have each member.
-    Raises ConfigError naming the term, the member and the remedy.
+    Raises ConfigError naming the term, the member, its label and the remedy.
     """
+    notes = []
     for term, members in TERM_MEMBERS.items():
-        if getattr(config, term).weight == 0:
+        settings: TermConfig = getattr(config, term)
+        if settings.weight == 0:
             continue
-        for member in members:
-            count = available.get(member, 0)
-            if count < frames:
-                raise ConfigError(
-                    f"{where}: the loss losses.{term} compares with the member '{member}', but {count} of {frames} training frames "
-                    f"have it; generate the shards with this label for all of them, or switch the term off with --losses.{term}.weight 0"
-                )
+        fewest = min(members, key=lambda member: available.get(member, 0))
+        count = available.get(fewest, 0)
+        if count == 0:
+            raise ConfigError(
+                f"{where}: the loss losses.{term} compares with the member '{fewest}', but none of the {frames} training frames has it; "
+                f"generate the shards with the label {label_of(fewest)} (--render.labels, --labels_share), or switch the term off with "
+                f"--losses.{term}.weight 0"
+            )
+        if count < frames:
+            span = "to the end" if settings.until is None else f"to {settings.until}"
+            notes.append(f"losses.{term}: from {settings.since} images {span}, targets are the {count} of {frames} frames with '{fewest}'")
+    return notes
 
 
 def _l1(value: Tensor, target: Tensor) -> Tensor:
@@ -116,7 +126,8 @@ def reconstruction_losses(
         terms["image_final"] = config.image.weight * _l1(rendered.image, batch.image)
         terms["image_raw"] = config.image.weight * _l1(rendered.raw, raw)
         # Foregrounds are compared on the scale of pictures, [-1, 1]: twice the difference of sums in [0, 1].
-        terms["image_foreground"] = config.image.weight * 2 * _l1(rendered.foreground[:, :3], batch.foreground[:, :3])
+        foreground = (raw + 1) / 2 - (1 - batch.opacity) * (batch.background + 1) / 2
+        terms["image_foreground"] = config.image.weight * 2 * _l1(rendered.foreground[:, :3], foreground)
         terms["image_background"] = config.image.weight * _l1(rendered.background[:, :3], batch.background)
     if config.features.active(images_seen):
         foreground = 2 * _l1(rendered.foreground, batch.foreground)

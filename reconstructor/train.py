@@ -43,7 +43,7 @@ from head3d.run.training import (
     refuse_changes,
     refuse_other_circumstances,
 )
-from reconstructor.batches import Batch, BatchConfig, BatchStream
+from reconstructor.batches import Batch, BatchConfig, BatchStream, usable_frames
 from reconstructor.losses import LossConfig, check_labels, members_needed, reconstruction_losses, smoothness_loss
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorConfig, ReconstructorExport
 
@@ -111,7 +111,9 @@ def train(config: ReconstructorRun) -> int:
 
 def _train(config: ReconstructorRun, process: distributed.Process) -> int:
     dataset = open_dataset(config.shards)
-    check_data(config, dataset)
+    for note in check_data(config, dataset):
+        if process.is_main:
+            print(f"{config.shards}: {note}")
     saved = latest_checkpoint(config.out)
     learner = build(config, open_plan(config.shards), process.device, warm=config.warm_start and saved is None)
     images_seen = restore(config, learner, saved, circumstances(dataset)) if saved else 0
@@ -200,8 +202,8 @@ def loss_terms(config: ReconstructorRun, model: Reconstructor, batch: Batch, ima
     return terms
 
 
-def check_data(config: ReconstructorRun, dataset: ShardDataset) -> None:
-    """Raise ConfigError where the settings and the shards contradict each other."""
+def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
+    """Raise ConfigError where the settings and the shards contradict each other. Returns what is worth knowing before training."""
     architecture, where = config.model.architecture, str(config.shards)
     planned = dataset.manifest["plan"]["frames"] - dataset.excluded_count
     if len(dataset.frames) < planned:
@@ -228,12 +230,19 @@ def check_data(config: ReconstructorRun, dataset: ShardDataset) -> None:
                 f"{where}: the shards were made with {name} {stored[name]}, but model.{setting} gives {own}; "
                 f"make it {stored[name]}, or give shards of that size"
             )
-    training = [frame for frame in dataset.frames if frame.split == "train"]
+    rich = dataset.manifest["settings"]["render"]["motion_rich_side"]
+    if config.batches.motion_rich and rich != architecture.image_resolution:
+        raise ConfigError(
+            f"{where}: batches.motion_rich asks for motion-rich identities, whose pictures are {rich} px, but the others' are "
+            f"{architecture.image_resolution} px; generate them with --render.motion_rich_side {architecture.image_resolution}, or set "
+            "--batches.motion_rich false"
+        )
+    training = usable_frames(dataset.frames, config.batches, "train")
     available: dict[str, int] = {}
-    for frame in training:
-        for member in frame.members:
+    for index in training:
+        for member in dataset.frames[index].members:
             available[member] = available.get(member, 0) + 1
-    check_labels(config.losses, available, len(training), where)
+    return check_labels(config.losses, available, len(training), where)
 
 
 def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool) -> Learner:
@@ -278,10 +287,11 @@ def preview_batch(config: ReconstructorRun, dataset: ShardDataset) -> Batch:
     """Held-out samples to look at (training samples if the validation split cannot form any), always the same."""
     static = config.batches.static_share == 1
     settings = dataclasses.replace(config.batches, size=4, static_share=float(static), threads=0)
-    held_out = [frame for frame in dataset.frames if frame.split == "val" and (frame.kind == "static") == static]
+    members = {"opacity", "depth"} & members_needed(config.losses, 0)
+    held_out = [dataset.frames[index] for index in usable_frames(dataset.frames, settings, "val", members)]
+    held_out = [frame for frame in held_out if (frame.kind == "static") == static]
     enough = any(frame.views > 1 for frame in held_out) if static else len({frame.identity for frame in held_out}) < len(held_out)
     split = "val" if enough else "train"
-    members = {"opacity", "depth"} & members_needed(config.losses, 0)
     with BatchStream(dataset, settings, config.seed, lambda seen: members, split=split, driver_image=True) as batches:
         return next(batches)
 

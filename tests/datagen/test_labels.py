@@ -368,3 +368,38 @@ def test_parts_show_skin_and_eyes(rendered):
 def test_more_points_than_ray_samples_is_an_error_with_a_remedy(tiny, recipe):
     with pytest.raises(SampleError, match="--render.points lower"):
         render_identity(tiny, recipe, RenderConfig(points=16 * 16 * 6 + 1))
+
+
+# Motion-rich identities -------------------------------------------------------------------------------------------------------
+
+
+def test_motion_rich_frames_are_small_pictures_of_the_same_heads_with_labels_of_their_own(tmp_path, run_of):
+    out = tmp_path / "set"
+    recipe = RecipeConfig(dynamic_share=0.5, dynamic_motions=2, dynamic_views=2, motion_rich_share=0.5, motion_rich_motions=4)
+    render = RenderConfig(points=20, motion_rich_side=16, motion_rich_labels=("gaze",))
+    run = run_of(out, identities=4, recipe=recipe, render=render)
+    assert generate(run) == 0
+    dataset = open_dataset(out)
+    rich = [frame for frame in dataset.frames if frame.kind == "motion-rich"]
+    assert len(rich) == 8 and {frame.views for frame in rich} == {2}
+    assert all(set(frame.members) == {"rgb.0", "rgb.1", "label", "json", "gaze", "gaze_camera"} for frame in rich)
+    assert all("depth" in frame.members for frame in dataset.frames if frame.kind == "dynamic")
+    assert dataset.read(rich[0], ["rgb.1"])["rgb.1"].shape == (16, 16, 3)
+    assert verify(VerifyRun(out, rerender=6)) == 0
+
+
+def test_a_motion_rich_picture_is_the_final_picture_reduced(tiny, recipe):
+    """A reduction by two of a mean-preserving filter: the mean colour stays."""
+    full, small = (
+        render_identity(tiny, recipe._replace(kind=kind), RenderConfig(labels=(), motion_rich_side=16)).frames[0]["rgb"]
+        for kind in ("dynamic", "motion-rich")
+    )
+    assert full.shape == (3, 32, 32, 3) and small.shape == (3, 16, 16, 3)
+    halves = full.reshape(3, 16, 2, 16, 2, 3).mean((2, 4))
+    assert np.abs(halves - small).mean() < 4 and np.abs(full.mean((1, 2)) - small.mean((1, 2))).max() < 1
+
+
+def test_a_motion_rich_picture_larger_than_the_generators_is_refused(tmp_path, run_of):
+    recipe = RecipeConfig(dynamic_share=0.0, motion_rich_share=1.0)
+    with pytest.raises(ConfigError, match="render.motion_rich_side: expected at most 32 px, the generator's pictures, got 128"):
+        generate(run_of(tmp_path / "set", recipe=recipe))

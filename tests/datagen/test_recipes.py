@@ -201,3 +201,50 @@ def test_ranges_that_cannot_be_drawn_from_are_refused(build, name):
 def test_recipes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RecipeConfig().val_share = 0.5
+
+
+# Motion-rich identities -------------------------------------------------------------------------------------------------------
+
+
+def test_kinds_come_in_their_shares_evenly_and_no_motion_rich_one_moves_no_other():
+    plain, rich = RecipeConfig(), RecipeConfig(dynamic_share=0.4, motion_rich_share=0.2)
+    assert {kind_of(plain, identity) for identity in range(100)} == {"static", "dynamic"}
+    kinds = [kind_of(rich, identity) for identity in range(100)]
+    assert [kinds.count(kind) for kind in ("motion-rich", "dynamic", "static")] == [20, 40, 40]
+    assert all(kinds[start : start + 5].count("motion-rich") == 1 for start in range(0, 100, 5))
+    assert all(3 <= kinds[start : start + 10].count("dynamic") <= 5 for start in range(0, 100, 10))
+    assert {kind_of(RecipeConfig(dynamic_share=0.0, motion_rich_share=1.0), identity) for identity in range(9)} == {"motion-rich"}
+    with pytest.raises(ValueError, match="dynamic_share \\+ motion_rich_share: expected at most 1, got 1.1"):
+        RecipeConfig(dynamic_share=0.8, motion_rich_share=0.3)
+
+
+def test_motion_rich_identities_have_their_own_numbers_of_motions_and_views_and_dynamic_draws():
+    config = RecipeConfig(dynamic_share=0.0, motion_rich_share=1.0)
+    recipe = draw_identity(config, 0, 7)
+    assert recipe.kind == "motion-rich" and len(recipe.motions) == frame_count(config, 7) == 16
+    assert {len(drawn.cameras) for drawn in recipe.motions} == {2}
+    assert len({drawn.motion.expression.numpy().tobytes() for drawn in recipe.motions}) == 16
+    opened = [drawn.draws["jaw_opened"] for identity in range(20) for drawn in draw_identity(config, 0, identity).motions]
+    assert 0.4 < np.mean(opened) < 0.6
+
+
+def test_modulo_splits_hold_out_every_kind():
+    config = RecipeConfig(dynamic_share=0.25, motion_rich_share=0.5, val_share=0.25, test_share=0.25, split_rule="modulo")
+    found = {(kind_of(config, identity), split_of(config, 0, identity)) for identity in range(32)}
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize("source", ["parametric", "studio"])
+def test_no_latent_shape_motion_or_camera_is_shared_between_identities_and_so_between_splits(source):
+    config = RecipeConfig(source=source, val_share=0.3, test_share=0.3, motion_rich_share=0.1, motion_rich_motions=3)
+    seen: dict[bytes, int] = {}
+    splits = set()
+    for identity in range(40):
+        recipe = draw_identity(config, 0, identity)
+        splits.add(recipe.split)
+        values = [recipe.latent(512), recipe.shape]
+        for drawn in recipe.motions:
+            values += [drawn.motion.expression, drawn.motion.eye_pose, *drawn.cameras]
+        for value in values:
+            assert seen.setdefault(value.numpy().tobytes(), identity) == identity
+    assert splits == {"train", "val", "test"}

@@ -14,6 +14,8 @@ from head3d.run.errors import ConfigError, DataError
 from reconstructor.batches import BatchConfig, BatchStream, ItemOrder
 
 SIDE, RAYS, CHANNELS, POINTS, VIEWS = 8, 4, 5, 6, 3
+ALL = frozenset({"opacity", "depth", "foreground", "background", "identity.background", "points", "point_features"})
+LABELLED = ("label", "json", *(f"rgb.{view}" for view in range(VIEWS)), *sorted(ALL))
 
 
 class Frame(NamedTuple):
@@ -24,6 +26,7 @@ class Frame(NamedTuple):
     kind: str
     split: str
     views: int
+    members: tuple = LABELLED
 
 
 def make_frames(static=6, dynamic=5, motions=3, per_shard=4, views=VIEWS):
@@ -71,9 +74,6 @@ class FakeDataset:
         for view in range(entry.views):
             arrays[f"rgb.{view}"] = np.full((SIDE, SIDE, 3), number * 5 + view, np.uint8)
         return {name: arrays[name] for name in members}
-
-
-ALL = frozenset({"opacity", "depth", "foreground", "background", "identity.background", "points", "point_features"})
 
 
 def stream(dataset, size=8, members=ALL, seed=3, share=0.5, threads=2, **settings):
@@ -219,3 +219,54 @@ def test_impossible_settings_are_refused_with_the_remedy():
         ItemOrder(make_frames(motions=1), BatchConfig(size=8), seed=0)
     with pytest.raises(DataError, match="no frame of the split 'val'"):
         ItemOrder(frames, BatchConfig(size=8), seed=0, split="val")
+
+
+# Frames with and without labels -----------------------------------------------------------------------------------------------
+
+
+def test_while_labels_are_needed_targets_are_the_frames_that_have_them_and_all_frames_later():
+    """The first two shards carry depth; the clock decides, so the state is still one integer."""
+    frames = [frame._replace(members=LABELLED if frame.shard < 2 else ("label", "opacity", "rgb.0")) for frame in make_frames()]
+    labelled = {index for index, frame in enumerate(frames) if frame.shard < 2}
+    dataset, config = FakeDataset(frames), BatchConfig(size=4, threads=0)
+
+    def members(seen):
+        return {"depth", "opacity"} if seen < 40 else {"opacity"}
+
+    def seen_after(start, batches):
+        with BatchStream(dataset, config, 0, members, samples_seen=start) as stream:
+            return [next(stream) for _ in range(batches)]
+
+    first = seen_after(0, 30)
+    early = torch.cat([batch.depth.amax((1, 2, 3)) - batch.label[:, 3] for batch in first[:10]])  # the frame's number
+    assert set(early.int().tolist()) == labelled and all(batch.depth is None for batch in first[10:])
+    late = torch.cat([batch.identity for batch in first[10:]])
+    assert set(late.tolist()) == {frame.identity for frame in frames if frame.split == "train"}
+    again = seen_after(36, 3)
+    for one, other in zip(again, first[9:12], strict=True):
+        assert torch.equal(one.label, other.label)
+
+
+def test_labels_that_every_frame_has_change_no_order():
+    frames = make_frames()
+    plain, asking = ItemOrder(frames, BatchConfig(size=8), seed=1), ItemOrder(frames, BatchConfig(size=8), seed=1, members=ALL)
+    assert [plain.item(n) for n in range(100)] == [asking.item(n) for n in range(100)]
+
+
+def test_frames_that_lack_what_is_needed_are_named():
+    frames = [frame._replace(members=("label",)) for frame in make_frames()]
+    with pytest.raises(DataError, match="no frame of the split 'train' that has depth, opacity; generate"):
+        ItemOrder(frames, BatchConfig(size=8), seed=0, members={"opacity", "depth"})
+    half = [frame._replace(members=LABELLED if frame.kind == "dynamic" else ("label",)) for frame in make_frames()]
+    with pytest.raises(ConfigError, match="no frame of the split 'train' that has depth is of kind 'static'"):
+        ItemOrder(half, BatchConfig(size=8), seed=0, members={"depth"})
+
+
+def test_motion_rich_frames_are_used_only_when_asked_for():
+    frames = make_frames() + [frame._replace(kind="motion-rich", identity=50, shard=9) for frame in make_frames(static=0, dynamic=1)]
+    rich = {index for index, frame in enumerate(frames) if frame.kind == "motion-rich" and frame.split == "train"}
+    for asked, expected in ((False, set()), (True, rich)):
+        order = ItemOrder(frames, BatchConfig(size=8, motion_rich=asked), seed=1)
+        items = [order.item(n) for n in range(200)]
+        used = {item.target for item in items} | {item.source for item in items}
+        assert used & rich == expected and not any(item.static and item.target in rich for item in items)

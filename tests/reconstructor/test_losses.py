@@ -72,7 +72,8 @@ def test_terms_have_the_published_weights_and_the_values_computed_by_hand():
     assert {name: round(value.item(), 5) for name, value in terms.items()} == {
         "image_final": 0.1,  # |0.5 - 0.4|
         "image_raw": 0.15,  # |0.25 - 0.4|
-        "image_foreground": 0.4,  # 2 * |0.5 - 0.3|: [0, 1] compared on the scale of [-1, 1]
+        # The target in [0, 1] is 0.7 on the head and 0.7 - 0.4 beside it: 2 * mean(0.2 on half, 0.2 on half) on the scale of [-1, 1]
+        "image_foreground": 0.4,
         "image_background": 0.3,  # |-0.5 + 0.2|
         "features": 0.8,  # 2 * |0.5 - 0.3| + |-0.5 + 0.1|
         "points": 0.2,  # 0.1 * |3 - 1|
@@ -97,17 +98,23 @@ def test_terms_follow_their_ranges():
 
 
 def test_a_perfect_rendering_has_no_loss():
-    labels = batch(image=full(0.25, 3, S, S), point_features=full(3.0, N, C))
+    """Half-covered pixels: foreground 0.3 before a background of 0.45 shows 0.3 + 0.5 * 0.45 = 0.525, which is 0.05 in [-1, 1]."""
+    labels = batch(image=full(0.05, 3, S, S), opacity=full(0.5, 1, R, R), background=full(-0.1, 3, R, R), point_features=full(3.0, N, C))
     images = rendered(
         image=labels.image,
-        raw=full(0.25, 3, R, R),
+        raw=full(0.05, 3, R, R),
         foreground=labels.foreground,
         background=labels.background_features,
-        depth=labels.depth + 5 * (1 - labels.opacity),  # depth counts on the head only
+        depth=labels.depth,
         opacity=labels.opacity,
     )
-    labels = dataclasses.replace(labels, background=labels.background_features[:, :3])
     assert all(value.item() == pytest.approx(0, abs=1e-6) for value in losses(images=images, labels=labels).values())
+
+
+def test_depth_counts_on_the_head_only():
+    labels = batch()
+    images = rendered(depth=labels.depth + 5 * (1 - labels.opacity))
+    assert losses(images=images, labels=labels)["depth"].item() == 0
 
 
 def test_gradients_reach_every_rendered_quantity():
@@ -123,18 +130,28 @@ def test_only_the_members_of_active_terms_are_asked_for():
     assert members_needed(LossConfig(), 0) == {
         "foreground", "background", "identity.background", "points", "point_features", "depth", "opacity"
     }  # fmt: skip
-    assert members_needed(LossConfig(), 400_000) == {"foreground", "background", "opacity"}
+    assert members_needed(LossConfig(), 400_000) == {"background", "opacity"}  # which every frame has by default
     assert set(TERM_MEMBERS) | {"smoothness"} == {field.name for field in dataclasses.fields(LossConfig)}
 
 
 def test_a_term_without_labels_is_an_error_that_names_term_member_and_remedy():
     everything = dict.fromkeys(("foreground", "background", "identity.background", "points", "point_features", "depth", "opacity"), 10)
-    check_labels(LossConfig(), everything, 10, "runs/data")
-    with pytest.raises(ConfigError, match=r"runs/data: the loss losses.depth .* 'depth', but 0 of 10 .* --losses.depth.weight 0"):
+    assert check_labels(LossConfig(), everything, 10, "runs/data") == []
+    message = r"runs/data: the loss losses.depth .* 'depth', but none of the 10 .* the label depth .* --losses.depth.weight 0"
+    with pytest.raises(ConfigError, match=message):
         check_labels(LossConfig(), {name: count for name, count in everything.items() if name != "depth"}, 10, "runs/data")
-    with pytest.raises(ConfigError, match=r"losses.points .* 'points', but 4 of 10"):
-        check_labels(LossConfig(), everything | {"points": 4}, 10, "runs/data")
-    check_labels(LossConfig(points=TermConfig(0.0)), everything | {"points": 0}, 10, "runs/data")
+    with pytest.raises(ConfigError, match=r"losses.features .* 'identity.background', but none .* the label background "):
+        check_labels(LossConfig(), everything | {"identity.background": 0}, 10, "runs/data")
+    assert check_labels(LossConfig(points=TermConfig(0.0)), everything | {"points": 0}, 10, "runs/data") == []
+
+
+def test_a_term_with_labels_for_some_frames_says_which_images_they_are():
+    everything = dict.fromkeys(("foreground", "background", "identity.background", "points", "point_features", "depth", "opacity"), 10)
+    config = LossConfig(depth=TermConfig(1.0, since=5))
+    assert check_labels(config, everything | {"point_features": 4, "depth": 3}, 10, "here") == [
+        "losses.points: from 0 images to 400000, targets are the 4 of 10 frames with 'point_features'",
+        "losses.depth: from 5 images to the end, targets are the 3 of 10 frames with 'depth'",
+    ]
 
 
 def test_smoothness_is_the_mean_difference_to_a_jittered_neighbour_inside_the_box():

@@ -1,5 +1,6 @@
 """Training: the switch, the warm start, logs, resume and stops, on a tiny data set."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -10,8 +11,12 @@ import pytest
 import torch
 
 from datagen.exclusion import Exclusion
+from datagen.generate import DatagenRun, generate
+from datagen.members import ShardConfig
 from datagen.plan import exclude, open_plan
 from datagen.reading import open_dataset
+from datagen.recipes import RecipeConfig
+from datagen.render import RenderConfig
 from genhead.generator import load_genhead
 from head3d.cameras import frontal
 from head3d.labels import Motion
@@ -290,3 +295,64 @@ def test_excluded_frames_are_not_trained_on_and_make_another_run(world, tmp_path
     assert circumstances(less) != circumstances(whole)
     exclude(shards, Exclusion(frames=frozenset([next(f.key for f in whole.frames if f.key != frame.key)])))
     assert circumstances(open_dataset(shards)) != circumstances(less)  # as many frames, but not the same
+
+
+# Sets of which not every frame has every label --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(world, tmp_path_factory):
+    """Two identities with labels, two without, and two motion-rich ones of small pictures."""
+    recipe = RecipeConfig(
+        dynamic_share=1 / 3, motion_rich_share=1 / 3, motion_rich_motions=3, motion_rich_views=2, dynamic_motions=2, dynamic_views=2,
+        static_views=2, val_share=0.0, test_share=0.0,
+    )  # fmt: skip
+    out = tmp_path_factory.mktemp("mixed") / "shards"
+    config = DatagenRun(
+        out=out, generator=world.generator, identities=6, workers=0, labels_share=0.5, recipe=recipe,
+        render=RenderConfig(points=30, motion_rich_side=8), shards=ShardConfig(identities_per_shard=3),
+    )  # fmt: skip
+    assert generate(config) == 0
+    return out
+
+
+def test_a_set_with_labels_for_half_of_it_trains_on_that_half_while_labels_count(world, mixed, tmp_path, capsys, monkeypatch):
+    early = {name: dataclasses.replace(getattr(LossConfig(), name), until=8) for name in ("features", "points", "depth")}
+    losses = LossConfig(**early, smoothness=dataclasses.replace(LossConfig().smoothness, every=2, points=20))
+    config = world.run(tmp_path / "run", shards=mixed, losses=losses, total_images=24)
+    seen, terms = [], training.loss_terms
+
+    def watched(config, model, batch, images_seen, draws):
+        seen.append((images_seen, set(batch.identity.tolist()), batch.image.shape))
+        return terms(config, model, batch, images_seen, draws)
+
+    monkeypatch.setattr(training, "loss_terms", watched)
+    assert train(config) == 0
+    said = capsys.readouterr().out
+    assert "losses.depth: from 0 images to 8, targets are the 3 of 6 frames with 'depth'" in said and "losses.image" not in said
+    kinds = {frame.identity: frame.kind for frame in open_dataset(mixed).frames}
+    assert collections.Counter(kinds.values()) == {"motion-rich": 2, "dynamic": 2, "static": 2}
+    trained = {images: set().union(*(found for clock, found, _ in seen if (clock < 8) == images)) for images in (True, False)}
+    assert all(kinds[identity] != "motion-rich" for found in trained.values() for identity in found)
+    assert max(trained[True]) < 3 and trained[False] == {identity for identity, kind in kinds.items() if kind != "motion-rich"}
+    lines = read_metrics(config.out)
+    assert ["loss/depth" in line for line in lines] == [True] * 2 + [False] * 4
+    assert all("loss/image_foreground" in line for line in lines)
+
+
+def test_small_pictures_of_motion_rich_identities_are_refused_where_they_are_asked_for(world, mixed, tmp_path):
+    config = world.run(tmp_path / "run", shards=mixed, batches=BatchConfig(size=4, motion_rich=True))
+    with pytest.raises(
+        ConfigError, match="motion-rich identities, whose pictures are 8 px, but the others' are 32 px; .*--render.motion_rich_side 32"
+    ):
+        train(config)
+
+
+def test_a_label_that_no_shard_has_is_named_with_what_to_do(world, mixed, tmp_path):
+    manifest = json.loads((mixed / "dataset.json").read_text())
+    assert manifest["settings"]["render"]["labels"] == ["depth", "opacity", "parts", "foreground", "background", "planepoints"]
+    dataset = open_dataset(mixed)
+    dataset.frames = [frame for frame in dataset.frames if frame.shard == 1]
+    dataset.manifest["plan"]["frames"] = len(dataset.frames)
+    with pytest.raises(ConfigError, match=r"losses.features .* none of the 3 training frames has it; .* the label foreground \(--render"):
+        check_data(world.run(tmp_path / "run", shards=mixed), dataset)
