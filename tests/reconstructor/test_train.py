@@ -229,7 +229,7 @@ def test_a_loss_without_labels_is_refused_before_anything_is_written(world, tmp_
         return dataset
 
     monkeypatch.setattr(training, "open_dataset", without_depth)
-    with pytest.raises(ConfigError, match=r"the loss losses.depth compares with the member 'depth', but 0 of"):
+    with pytest.raises(ConfigError, match=r"the loss losses.depth compares with the member 'depth', but none of"):
         train(config)
     assert not config.out.exists()
     silent = dataclasses.replace(config, losses=dataclasses.replace(config.losses, depth=TermConfig(0.0)), total_images=4)
