@@ -1,6 +1,6 @@
 """`headfoundry datagen`: make the shards of a plan that are not there yet, in this process or on a Ray cluster.
 
-    dataset.json -> shards that are missing -> make_shard, each -> index.json
+    dataset.json -> shards that are missing -> make_shard, each -> index.safetensors
 
 The only file that knows an engine. The same bytes appear for any number of workers, and after any kill and repetition.
 """

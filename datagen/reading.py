@@ -15,31 +15,18 @@ import json
 import mmap
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datagen.exclusion import Exclusion
-from datagen.members import FAMILIES, Family, Scales, decode, dequantise, json_bytes, read_member_entries
-from datagen.shards import SCHEMA, check_schema, read_sidecar, remedy, shard_name, sidecar_name
+from datagen.index import INDEX, FrameEntry, Frames, Index, build_index
+from datagen.members import FAMILIES, Family, Scales, decode, dequantise, read_member_entries
+from datagen.shards import check_schema, read_sidecar, remedy, sidecar_name
 from datagen.storage import LocalFolder, Storage, open_storage
 from head3d.run.errors import DataError
 
 _OPEN_FILES = 128  # tars kept mapped at once; mapping again costs a fraction of a millisecond
-
-
-class FrameEntry(NamedTuple):
-    """Where one frame lies: one (identity, motion) with all its views."""
-
-    key: str
-    shard: int
-    identity: int
-    motion: int
-    kind: str  # static, dynamic
-    split: str  # train, val or test
-    views: int
-    members: dict[str, tuple[str, int, int]]  # name as asked for -> (tar, offset, size in bytes)
-    checksums: dict[str, int]  # name -> CRC-32 of those bytes
 
 
 class ShardDataset:
@@ -48,16 +35,15 @@ class ShardDataset:
     Local tars are mapped into memory; elsewhere, each member is one request for just its bytes.
     """
 
-    def __init__(self, storage: Storage, manifest: dict[str, Any], sidecars: dict[Family, list[dict[str, Any]]], checksums: bool) -> None:
+    def __init__(self, storage: Storage, manifest: dict[str, Any], index: Index, checksums: bool) -> None:
         self.storage, self.manifest, self.checksums = storage, manifest, checksums
         self.scales = Scales(manifest["depth"]["near"], manifest["depth"]["far"], manifest["box_side"])
         self._members = read_member_entries(manifest["members"], storage.where("dataset.json"))
         self._image_format = manifest["settings"]["shards"]["image_format"]
-        self._bytes = {shard_name(family, sidecar["shard"]): sidecar["bytes"] for family in FAMILIES for sidecar in sidecars[family]}
+        self._tars = index.tars()
         self.excluded = Exclusion.from_manifest(manifest, storage.where("dataset.json"))
-        entries = _frame_entries(sidecars)
-        self.frames: list[FrameEntry] = [entry for entry in entries if not self.excluded.covers(entry.identity, entry.key)]
-        self.excluded_count = len(entries) - len(self.frames)  # frames that are there but not read
+        self.frames: Sequence[FrameEntry] = Frames(index, self.excluded)
+        self.excluded_count = self.frames.excluded  # frames that are there but not read
         self._forget_maps()
 
     def read(self, entry: FrameEntry, members: Sequence[str], dequantised: bool = True) -> dict[str, Any]:
@@ -74,11 +60,11 @@ class ShardDataset:
                 f"{self.storage.where()}: frame {entry.key} has no member {name!r}; it has {', '.join(sorted(entry.members))}. "
                 "Generate the data with that label (--render.labels, --labels_share 1), or do without"
             )
-        tar, offset, size = entry.members[name]
+        tar, offset, size, checksum = entry.members[name]
         path = self.storage.where(tar)
         data = self._bytes_of(tar, offset, size)
         where = f"{path}: key {entry.key}, member {name!r} at byte {offset}"
-        if self.checksums and zlib.crc32(data) != entry.checksums[name]:
+        if self.checksums and zlib.crc32(data) != checksum:
             raise DataError(f"{where}: the checksum does not match, so bytes have changed; {remedy(path)}")
         member = self._members["rgb.{view}" if name.startswith("rgb.") else name]
         try:
@@ -106,9 +92,9 @@ class ShardDataset:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
                 raise DataError(f"{path}: could not be opened ({error}); {remedy(str(path))}") from error
-            if len(mapped) != self._bytes[tar]:
+            if len(mapped) != self._tars[tar][0]:
                 raise DataError(
-                    f"{path}: expected {self._bytes[tar]} bytes, got {len(mapped)}: cut short or from elsewhere; {remedy(str(path))}"
+                    f"{path}: expected {self._tars[tar][0]} bytes, got {len(mapped)}: cut short or from elsewhere; {remedy(str(path))}"
                 )
             self._maps[tar] = mapped
             if len(self._maps) > _OPEN_FILES:
@@ -128,34 +114,43 @@ class ShardDataset:
 
 
 def open_dataset(place: Storage | Path | str, checksums: bool = True) -> ShardDataset:
-    """Open the data set in a folder or at a URL through its index.json, or through the sidecars where that is missing or old.
+    """Open the data set in a folder or at a URL through its index, or through the sidecars where that is missing or old.
 
     checksums: check each member's CRC-32 when it is read (under a tenth of decoding a picture). Raises DataError if there is no data
     set or one from another schema.
     """
     storage = open_storage(place)
     manifest = read_manifest(storage)
-    content = _read_json(storage, "index.json")
-    if content is not None and content["config_hash"] == manifest["config_hash"] and content["plan"] == manifest["plan"]:
-        sidecars = {family: content["shards"][family] for family in FAMILIES}
-    else:
-        sidecars = read_sidecars(storage, manifest)
-    return ShardDataset(storage, manifest, sidecars, checksums)
+    try:
+        index = Index.from_bytes(storage.read(INDEX), storage.where(INDEX))
+    except FileNotFoundError:
+        index = None
+    if index is None or index.config_hash != manifest["config_hash"] or index.plan != manifest["plan"]:
+        index = build_index(manifest, read_sidecars(storage, manifest), storage.where)
+    return ShardDataset(storage, manifest, index, checksums)
 
 
 def read_manifest(place: Storage | Path | str) -> dict[str, Any]:
     """dataset.json. Raises DataError if it is missing or from another schema."""
     storage = open_storage(place)
-    content = _read_json(storage, "dataset.json")
-    if content is None:
+    path = storage.where("dataset.json")
+    try:
+        content = json.loads(storage.read("dataset.json"))
+    except FileNotFoundError as error:
         raise DataError(
-            f"{storage.where('dataset.json')}: there is no such file, so {storage.where()} holds no data set; "
+            f"{path}: there is no such file, so {storage.where()} holds no data set; "
             f"make one with `headfoundry datagen --out {storage.where()}`"
-        )
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{path}: could not be read as JSON ({error}); "
+            "delete it and call the same `headfoundry datagen` command again, which rebuilds it"
+        ) from error
+    check_schema(content, path)
     return content
 
 
-def read_sidecars(place: Storage | Path | str, manifest: dict[str, Any]) -> dict[Family, list[dict[str, Any]]]:
+def read_sidecars(place: Storage | Path | str, manifest: dict[str, Any]) -> Iterator[tuple[Family, dict[str, Any]]]:
     """The sidecars of all shards of the plan that are there, in order. A shard without its frames' sidecar is not committed.
 
     Raises DataError if one is damaged or of other settings than the manifest's.
@@ -168,7 +163,6 @@ def read_sidecars(place: Storage | Path | str, manifest: dict[str, Any]) -> dict
             sidecars += [(family, read_sidecar(storage, family, shard)) for family in FAMILIES if family != "frames"]
         return [(family, sidecar) for family, sidecar in sidecars if sidecar is not None]
 
-    found: dict[Family, list[dict[str, Any]]] = {family: [] for family in FAMILIES}
     for sidecars in storage.each(read, range(manifest["plan"]["shards"])):
         for family, sidecar in sidecars:
             if sidecar["config_hash"] != manifest["config_hash"]:
@@ -177,58 +171,16 @@ def read_sidecars(place: Storage | Path | str, manifest: dict[str, Any]) -> dict
                     f"{path}: expected a shard of settings {manifest['config_hash']} as dataset.json says, got {sidecar['config_hash']}; "
                     f"two data sets are mixed here; {remedy(path)}"
                 )
-            found[family].append(sidecar)
-    return found
+            yield family, sidecar
+
+
+def index_of_sidecars(place: Storage | Path | str) -> Index:
+    """The index as the sidecars are now. Raises DataError like `read_sidecars`."""
+    storage = open_storage(place)
+    manifest = read_manifest(storage)
+    return build_index(manifest, read_sidecars(storage, manifest), storage.where)
 
 
 def write_index(place: Storage | Path | str) -> None:
-    """Rebuild index.json from the sidecars."""
-    storage = open_storage(place)
-    manifest = read_manifest(storage)
-    index = {"schema": SCHEMA, "config_hash": manifest["config_hash"], "plan": manifest["plan"], "shards": read_sidecars(storage, manifest)}
-    storage.write("index.json", json_bytes(index))
-
-
-def _read_json(storage: Storage, name: str) -> Any:
-    """A JSON file of the set; None if there is none."""
-    try:
-        content = json.loads(storage.read(name))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise DataError(
-            f"{storage.where(name)}: could not be read as JSON ({error}); "
-            "delete it and call the same `headfoundry datagen` command again, which rebuilds it"
-        ) from error
-    check_schema(content, storage.where(name))
-    return content
-
-
-def _frame_entries(sidecars: dict[Family, list[dict[str, Any]]]) -> list[FrameEntry]:
-    """Join the families: labels by the frame's key, identity members by the identity."""
-    labels = {sample["key"]: (sidecar["shard"], sample) for sidecar in sidecars["labels"] for sample in sidecar["samples"]}
-    identities = {sample["identity"]: (sidecar["shard"], sample) for sidecar in sidecars["identities"] for sample in sidecar["samples"]}
-    entries = []
-    for sidecar in sidecars["frames"]:
-        for sample in sidecar["samples"]:
-            places, sums = {}, {}
-            for family, found in (
-                ("frames", (sidecar["shard"], sample)),
-                ("labels", labels.get(sample["key"])),
-                ("identities", identities.get(sample["identity"])),
-            ):
-                if found is None:
-                    continue
-                tar = shard_name(family, found[0])
-                for extension, (offset, size, checksum) in found[1]["members"].items():
-                    name = asked_name(family, extension)
-                    places[name], sums[name] = (tar, offset, size), checksum
-            facts = {field: sample[field] for field in ("key", "identity", "motion", "kind", "split", "views")}
-            entries.append(FrameEntry(shard=sidecar["shard"], members=places, checksums=sums, **facts))
-    return entries
-
-
-def asked_name(family: Family, extension: str) -> str:
-    """The name by which readers ask for a member: 'rgb.0.jpg' is 'rgb.0'; members of an identity begin with 'identity.'."""
-    name = extension if extension == "json" else extension.rpartition(".")[0]
-    return f"identity.{name}" if family == "identities" else name
+    """Rebuild the index from the sidecars."""
+    open_storage(place).write(INDEX, index_of_sidecars(place).to_bytes())

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datagen.reading import FrameEntry, ShardDataset, open_dataset
+from datagen.index import FrameEntry
+from datagen.reading import ShardDataset, open_dataset
 from datagen.storage import Storage
 from datagen.survey import TONES, Survey, on_grid, survey, tone_name, unusualness
 from head3d.pages import data_url, figure, histogram, page, section, table
@@ -251,10 +252,10 @@ def _sizes(found: Survey) -> str:
     sizes: dict[str, int] = collections.Counter()
     seen = set()
     for frame in found.frames:
-        for name, (_, _, size) in frame.members.items():
+        for name, place in frame.members.items():
             if not name.startswith("identity.") or (frame.identity, name) not in seen:
                 seen.add((frame.identity, name))
-                sizes[name.partition(".")[0] if name.startswith("rgb.") else name] += size
+                sizes[name.partition(".")[0] if name.startswith("rgb.") else name] += place.size
     total = sum(sizes.values())
     rows = [(name, f"{size / len(found.frames) / 1e3:.2f}", f"{size / total:.1%}") for name, size in sizes.most_common()]
     rows.append(("all", f"{total / len(found.frames) / 1e3:.2f}", ""))

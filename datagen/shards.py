@@ -4,7 +4,7 @@
     out/frames/000123.tar  + .json        pictures, labels, opacity, parts
     out/labels/000123.tar  + .json        depth, foreground features, plane points; same keys
     out/identities/000123.tar + .json     once per identity: background features
-    out/index.json                        rebuilt from the sidecars at any time
+    out/index.safetensors                 rebuilt from the sidecars at any time
 
 A sample is a frame: one (identity, motion) with all its views; key {shard:06d}{frame:04d}. An identity's frames are adjacent in one
 shard. The .json beside a tar (its sidecar) is the commit mark and the index: SHA-256 of the tar, and offset, size and CRC-32 of each
@@ -27,7 +27,7 @@ from datagen.storage import Storage, open_storage
 from head3d.run.errors import DataError
 
 SCHEMA = "headfoundry-shards/2"
-_BLOCK = 512  # of a tar file; every header here fits one
+BLOCK = 512  # of a tar file; every header here fits one
 
 
 def sample_key(shard: int, index: int) -> str:
@@ -82,8 +82,8 @@ class ShardWriter:
         members = {}
         for extension in sorted(files):
             data = files[extension]
-            members[extension] = [offset + _BLOCK, len(data), zlib.crc32(data)]
-            offset += _BLOCK + -(-len(data) // _BLOCK) * _BLOCK
+            members[extension] = [offset + BLOCK, len(data), zlib.crc32(data)]
+            offset += BLOCK + -(-len(data) // BLOCK) * BLOCK
         self._tar.write({"__key__": key, **files})
         assert self._tar.tarstream.offset == offset, "a tar header took more than one block"
         self.samples.append({"key": key, **info, "members": members})

@@ -13,13 +13,14 @@ same bytes under the same names, and two runs of different plans are found out, 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -288,8 +289,18 @@ class RemoteFolder:
         return sorted(f"{folder}/{path.rstrip('/').rpartition('/')[2]}" for path in paths)
 
     def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        waiting: collections.deque[Future[Result]] = collections.deque()
         with ThreadPoolExecutor(CONCURRENT, thread_name_prefix="storage") as threads:
-            yield from threads.map(function, items)
+            try:
+                for item in items:
+                    waiting.append(threads.submit(function, item))
+                    if len(waiting) > 2 * CONCURRENT:  # no more results than that wait for whoever reads them
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for request in waiting:
+                    request.cancel()
 
     @contextlib.contextmanager
     def only_writer(self, folders: Iterable[str]) -> Iterator[None]:

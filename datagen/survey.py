@@ -14,7 +14,8 @@ import math
 import numpy as np
 import torch
 
-from datagen.reading import FrameEntry, ShardDataset
+from datagen.index import FrameEntry
+from datagen.reading import ShardDataset
 from head3d.cameras import Camera
 from head3d.labels import unpack_label
 from head3d.run.runlog import progress

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import json
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -21,13 +20,14 @@ import torch
 import tyro
 
 from datagen.exclusion import Exclusion
+from datagen.index import INDEX, Index
 from datagen.ledger import LEDGER
 from datagen.members import FAMILIES, Family, Member, decode, encode_sample, json_bytes
 from datagen.plan import Plan, manifest_text, versions
-from datagen.reading import read_manifest, read_sidecars
+from datagen.reading import index_of_sidecars, read_manifest
 from datagen.recipes import IdentityRecipe, draw_identity
 from datagen.render import IdentityRenderer, render_frame, render_shared, reproducible
-from datagen.shards import SCHEMA, read_sidecar, remedy, sample_key, shard_name, sidecar_name
+from datagen.shards import read_sidecar, remedy, sample_key, shard_name, sidecar_name
 from datagen.storage import Storage, open_storage
 from datagen.worker import load_planned_generator
 from head3d.cameras import Camera
@@ -40,7 +40,7 @@ from head3d.run.seeding import numpy_generator
 
 COMPANIONS = (
     "dataset.json",
-    "index.json",
+    INDEX,
     "index.html",
     "croissant.json",
     "README.md",
@@ -114,7 +114,7 @@ def check_dataset(storage: Storage, config: VerifyRun) -> list[Check]:
                 except FoundryError as error:
                     tars.problems.append(str(error))
     if not tars.problems and not files.problems:
-        _check_index(storage, manifest, settings)
+        _check_index(storage, settings)
         _check_rendering(storage, config, plan, again)
     elif config.rerender:
         again.note = "left out: mend the files first"
@@ -136,7 +136,7 @@ def _check_settings(storage: Storage, check: Check) -> tuple[dict[str, Any], Pla
 
 def _check_files(storage: Storage, plan: Plan, check: Check) -> set[str]:
     """Missing and foreign files. Returns the names that are there and belong there."""
-    expected = {"dataset.json", "index.json"}
+    expected = {"dataset.json", INDEX}
     for shard in range(plan.shard_count):
         for family in plan.families(shard):
             expected |= {shard_name(family, shard), sidecar_name(family, shard)}
@@ -277,18 +277,16 @@ def _label_problems(labels: np.ndarray, recipe: IdentityRecipe, motion: int) -> 
         yield f"member 'label.npy': differs from the recipe by {error:.3g}"
 
 
-def _check_index(storage: Storage, manifest: dict[str, Any], check: Check) -> None:
+def _check_index(storage: Storage, check: Check) -> None:
     check.checked += 1
-    path, data, shards = storage.where("index.json"), storage.read("index.json"), read_sidecars(storage, manifest)
-    content = {"schema": SCHEMA, "config_hash": manifest["config_hash"], "plan": manifest["plan"], "shards": shards}
-    if data == json_bytes(content):
+    path, data, index = storage.where(INDEX), storage.read(INDEX), index_of_sidecars(storage)
+    if data == index.to_bytes():
         return
     try:
-        indexed = json.loads(data)["shards"]
-        pairs = ((family, *pair) for family in FAMILIES for pair in itertools.zip_longest(shards[family], indexed[family]))
-        others = [storage.where(sidecar_name(family, mine["shard"])) for family, mine, listed in pairs if mine and mine != listed]
-    except (ValueError, LookupError, TypeError):  # no index at all
-        others = []
+        listed = Index.from_bytes(data, path).sidecars()
+    except DataError:  # no index at all
+        listed = index.sidecars()
+    others = [storage.where(name) for name, digest in index.sidecars().items() if listed.get(name) != digest]
     check.problems.append(
         f"{path}: differs from the sidecars{' ' if others else ''}{', '.join(others[:5])}; "
         "call the same `headfoundry datagen` command again to rebuild it"

@@ -30,7 +30,7 @@ from head3d.run.seeding import numpy_generator
 
 
 class Frame(Protocol):
-    """What the order needs to know of a `datagen.reading.FrameEntry`."""
+    """What the order needs to know of a `datagen.index.FrameEntry`."""
 
     key: str
     shard: int

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datagen.index import FrameEntry
 from datagen.plan import Plan, open_plan
-from datagen.reading import FrameEntry, ShardDataset, open_dataset
+from datagen.reading import ShardDataset, open_dataset
 from datagen.recipes import draw_identity
 from datagen.render import IdentityRenderer
 from datagen.worker import load_planned_generator

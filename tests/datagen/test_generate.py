@@ -17,6 +17,7 @@ import torch
 from datagen import generate as farm
 from datagen import worker
 from datagen.generate import generate, make_plan
+from datagen.index import INDEX
 from datagen.labels import SampleError
 from datagen.plan import open_plan
 from datagen.reading import open_dataset
@@ -113,7 +114,7 @@ def test_sigkill_half_way_and_the_same_command_again_give_the_same_bytes(tmp_pat
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert list(out.rglob(".tmp-*")), "half a tar is left behind"
     there = {name: data for name, data in data_files(out).items() if ".tmp-" not in name}
-    assert "index.json" not in there and there.items() <= undisturbed.items()
+    assert INDEX not in there and there.items() <= undisturbed.items()
     finished = len([name for name in there if name.startswith("frames/") and name.endswith(".json")])
     assert 1 <= finished < 3
     assert generate(run_of(out)) == 0

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from datagen.generate import generate
+from datagen.index import INDEX
 from datagen.reading import open_dataset
 from datagen.render import RenderConfig
 from datagen.report import report_text, write_report
@@ -89,7 +90,7 @@ def test_a_set_without_a_finished_shard_says_so(folder):
     for family in ("frames", "labels", "identities"):
         for path in (folder / family).iterdir():
             path.unlink()
-    (folder / "index.json").unlink()
+    (folder / INDEX).unlink()
     assert "No shard is finished yet" in report_text(open_dataset(folder))
 
 

@@ -12,9 +12,10 @@ import pytest
 import webdataset
 
 import head3d.run.files
+from datagen.index import INDEX, asked_name, build_index
 from datagen.labels import DEFAULT_LABELS, members_of
 from datagen.members import Scales, ShardConfig, decode, dequantise, encode_sample, member_entries, quantise
-from datagen.reading import asked_name, open_dataset, read_manifest, write_index
+from datagen.reading import open_dataset, read_manifest, read_sidecars, write_index
 from datagen.shards import SCHEMA, read_sidecar, sample_key, shard_path, write_shard
 from head3d.run.errors import DataError
 
@@ -192,20 +193,19 @@ def test_tars_hold_no_time_and_no_user_and_are_the_same_each_time(folder, tmp_pa
 
 
 def test_a_dataset_is_read_without_its_index(folder):
-    with_index = open_dataset(folder).frames
-    (folder / "index.json").unlink()
-    assert open_dataset(folder).frames == with_index
+    with_index = list(open_dataset(folder).frames)
+    (folder / INDEX).unlink()
+    assert list(open_dataset(folder).frames) == with_index
 
 
 def test_an_index_of_an_older_plan_is_not_used(folder):
-    content = json.loads((folder / "index.json").read_text())
-    content["plan"], content["shards"]["frames"] = {"shards": 1}, content["shards"]["frames"][:1]
-    (folder / "index.json").write_text(json.dumps(content))
+    older = read_manifest(folder) | {"plan": {"shards": 1}}
+    (folder / INDEX).write_bytes(build_index(older, read_sidecars(folder, older), str).to_bytes())
     assert len(open_dataset(folder).frames) == 8
 
 
 def test_a_shard_without_its_frames_sidecar_is_not_there(folder):
-    (folder / "index.json").unlink()
+    (folder / INDEX).unlink()
     shard_path(folder, "frames", 0).with_suffix(".json").unlink()
     assert {entry.shard for entry in open_dataset(folder).frames} == {1}
 
@@ -257,7 +257,7 @@ def test_a_truncated_tar_is_named_with_both_sizes(folder):
 def test_a_flipped_bit_is_found_where_it_is_and_only_there(folder):
     dataset = open_dataset(folder)
     entry = dataset.frames[1]
-    path, offset, size = entry.members["depth"]
+    _, offset, size, _ = entry.members["depth"]
 
     def flip(data):
         data[offset + size - 3] ^= 4
@@ -284,7 +284,7 @@ def test_an_empty_or_missing_tar_is_named(folder):
 
 
 def test_a_missing_member_is_an_error_that_lists_what_is_there(folder):
-    (folder / "index.json").unlink()
+    (folder / INDEX).unlink()
     shutil.rmtree(folder / "labels")
     dataset = open_dataset(folder)
     with pytest.raises(DataError, match="frame 0000000000 has no member 'depth'; it has background, identity.background"):
@@ -312,7 +312,7 @@ def test_a_sidecar_that_lacks_an_entry_is_refused(folder):
 
 
 def test_a_shard_of_another_data_set_is_not_read(folder):
-    (folder / "index.json").unlink()
+    (folder / INDEX).unlink()
     path = shard_path(folder, "labels", 1).with_suffix(".json")
     path.write_text(path.read_text().replace("0123456789abcdef", "fedcba9876543210"))
     with pytest.raises(

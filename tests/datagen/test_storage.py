@@ -11,6 +11,7 @@ import s3fs
 from moto.server import ThreadedMotoServer
 
 from datagen.generate import generate
+from datagen.index import INDEX
 from datagen.reading import open_dataset
 from datagen.shards import read_sidecar, write_shard
 from datagen.storage import LocalFolder, Patience, RemoteFolder, open_storage
@@ -59,11 +60,11 @@ def test_what_is_not_there_has_no_size_and_cannot_be_read_but_deleted(place):
 
 
 def test_an_error_while_a_file_is_made_leaves_the_old_one(place):
-    place.write("index.json", "old")
-    with pytest.raises(RuntimeError), place.writing("index.json") as path:
+    place.write("index", "old")
+    with pytest.raises(RuntimeError), place.writing("index") as path:
         path.write_text("half")
         raise RuntimeError("on purpose")
-    assert place.read("index.json") == b"old"
+    assert place.read("index") == b"old"
 
 
 def test_lines_are_added_to_those_that_are_there(place):
@@ -225,7 +226,7 @@ def test_a_set_that_is_there_is_left_alone_and_what_was_lost_is_made_again(bucke
     assert "made 2 shards now" in capsys.readouterr().out and remote_files(bucket) == undisturbed
     puts = broken_puts(monkeypatch, refuse, broken=0)
     assert generate(run_of(bucket)) == 0
-    assert "made 0 shards now" in capsys.readouterr().out and puts == ["index.json"]
+    assert "made 0 shards now" in capsys.readouterr().out and puts == [INDEX]
     with pytest.raises(ConfigError, match=f"{bucket}/dataset.json: this folder holds shards of other settings.*seed: 0 -> 1"):
         generate(run_of(bucket, seed=1))
 
@@ -238,7 +239,7 @@ def test_a_server_that_fails_in_the_middle_of_a_run_leaves_whole_shards_and_the_
         with pytest.raises(DataError, match=f"{bucket}/.*: could not be written in 5 attempts: ConnectionError: reset by peer"):
             generate(run_of(bucket))
     there = remote_files(bucket)
-    assert there.items() < undisturbed.items() and "index.json" not in there
+    assert there.items() < undisturbed.items() and INDEX not in there
     for name in there:
         if name.endswith(".json") and name != "dataset.json":
             assert hashlib.sha256(there[name.replace(".json", ".tar")]).hexdigest() == json.loads(there[name])["sha256"]
@@ -256,8 +257,8 @@ def test_a_set_behind_plain_http_is_read_and_cannot_be_written(s3_server, bucket
     for ours, theirs in zip(open_dataset(url).frames, open_dataset(tmp_path).frames, strict=True):
         a, b = open_dataset(url).read(ours, names), open_dataset(tmp_path).read(theirs, names)
         assert all((a[name] == b[name]) if name == "json" else (a[name] == b[name]).all() for name in names)
-    with pytest.raises(DataError, match=f"{url}/index.json: could not be written: .*read-only"):
-        open_storage(url).write("index.json", "{}")
+    with pytest.raises(DataError, match=f"{url}/index: could not be written: .*read-only"):
+        open_storage(url).write("index", "{}")
 
 
 def test_what_http_forbids_is_not_tried_again(s3_server, bucket):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from datagen.exclusion import Exclusion
 from datagen.generate import generate
+from datagen.index import INDEX, build_index
 from datagen.plan import exclude, manifest_text
-from datagen.reading import read_manifest, write_index
+from datagen.reading import read_manifest, read_sidecars, write_index
 from datagen.shards import shard_path
 from datagen.verify import VerifyRun, verify
 from head3d.run.errors import DataError
@@ -127,12 +128,11 @@ def test_another_schema_and_a_changed_setting_are_named(folder, capsys):
 
 
 def test_an_old_index_is_named(folder, capsys):
-    path = folder / "index.json"
-    content = json.loads(path.read_text())
-    content["shards"]["frames"].pop()
-    path.write_text(json.dumps(content))
+    manifest, sidecars = read_manifest(folder), list(read_sidecars(folder, read_manifest(folder)))
+    older = build_index(manifest, [(family, sidecar) for family, sidecar in sidecars if sidecar["shard"] != 1], str)
+    (folder / INDEX).write_bytes(older.to_bytes())
     status, said = outcome(folder, capsys)
-    assert status == 1 and "index.json: differs from the sidecars" in said
+    assert status == 1 and f"{INDEX}: differs from the sidecars {folder}/frames/000001.json, {folder}/labels/000001.json" in said
 
 
 @pytest.mark.parametrize("families", [("frames", "labels", "identities"), ("identities",)])
@@ -146,7 +146,7 @@ def test_a_consistent_forgery_is_found_by_rendering_again(folder, capsys, run_of
         shutil.copytree(forged / family, folder / family)
         for path in (folder / family).glob("*.json"):
             path.write_text(path.read_text().replace(theirs, ours))
-    (folder / "index.json").unlink()
+    (folder / INDEX).unlink()
     write_index(folder)
     status, said = outcome(folder, capsys)
     assert status == 0, said

@@ -71,7 +71,7 @@ def test_the_chain_runs_from_nothing_to_a_page_and_a_second_call_makes_nothing_a
     before = _files(out)
     _run(demo)
     renewed = [path for path, stamp in _files(out).items() if before.get(path) != stamp]
-    rebuilt = ("report/portraits.png", "report/shards.png", "index.html", "shards/index.json", "shards/.lock")  # from what is there
+    rebuilt = ("report/portraits.png", "report/shards.png", "index.html", "shards/index.safetensors", "shards/.lock")  # from what is there
     assert [path for path in renewed if not path.endswith(rebuilt)] == []
 
 

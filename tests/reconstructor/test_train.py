@@ -172,7 +172,7 @@ def test_a_resume_on_a_data_set_that_changed_is_refused(world, tmp_path, monkeyp
 
     def grown(folder):
         dataset = open_dataset(folder)
-        dataset.frames = dataset.frames + dataset.frames[:1]
+        dataset.frames = [*dataset.frames, dataset.frames[0]]
         return dataset
 
     monkeypatch.setattr(training, "open_dataset", grown)
