@@ -73,8 +73,8 @@ class Crew:
         """
         try:
             while dispatch.unfinished and not dispatch.stopped:
-                self._hire(dispatch.unfinished)
                 self._hand_out(dispatch)
+                self._hire(dispatch.unfinished)
                 ready, _ = self._ray.wait([*self._flying, *self._arriving], num_returns=1, timeout=PATIENCE_S)
                 for reference in ready:
                     if reference in self._arriving:

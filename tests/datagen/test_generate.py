@@ -19,9 +19,11 @@ from datagen import worker
 from datagen.generate import generate, make_plan
 from datagen.index import INDEX
 from datagen.labels import SampleError
+from datagen.ledger import LEDGER
 from datagen.plan import open_plan
 from datagen.reading import open_dataset
-from datagen.render import RenderConfig
+from datagen.recipes import draw_identity
+from datagen.render import RenderConfig, frame_facts
 from datagen.shards import _HashedStream, shard_path
 from head3d.run.config import save_yaml
 from head3d.run.errors import AssetError, ConfigError, DataError
@@ -352,3 +354,24 @@ def test_a_generator_that_changed_since_the_plan_is_refused(run_of, tmp_path, ot
     plan = make_plan(run_of(tmp_path / "set"))
     with pytest.raises(AssetError, match="expected generator weights"):
         worker.load_planned_generator(plan, other_generator, "cpu")
+
+
+def test_a_poisoned_frame_is_written_down_with_each_attempt_and_calling_again_mends_it(tmp_path, run_of, monkeypatch):
+    render, out = worker.render_identity, tmp_path / "set"
+
+    def poisoned(genhead, recipe, config):
+        if recipe.identity == 3:
+            raise SampleError("identity 3 of seed 0, motion 1: not finite", 3, 1)
+        return render(genhead, recipe, config)
+
+    monkeypatch.setattr(worker, "render_identity", poisoned)
+    assert generate(run_of(out, attempts=2, failure_share=0.34)) == 1
+    lines = [json.loads(line) for line in (out / LEDGER).read_text().splitlines()]
+    facts = [tuple(line[name] for name in ("shard", "identity", "motion", "attempt", "given_up", "reason")) for line in lines]
+    reason = "identity 3 of seed 0, motion 1: not finite"
+    assert facts == [(1, 3, 1, 1, False, reason), (1, 3, 1, 2, True, reason)]
+    assert lines[0]["recipe"] == frame_facts(draw_identity(make_plan(run_of(out)).recipe, 0, 3), 1)
+    assert lines[0]["config_hash"] == open_plan(out).hash and lines[0]["worker"].endswith(f":{os.getpid()}")
+    monkeypatch.setattr(worker, "render_identity", render)
+    assert generate(run_of(out)) == 0
+    assert len((out / LEDGER).read_text().splitlines()) == 2, "what happened stays on record"
