@@ -17,14 +17,14 @@ from head3d.run.errors import ConfigError, DataError
 def test_a_set_goes_on_as_it_was_begun_unless_a_mixed_one_is_asked_for(tmp_path, run_of, monkeypatch):
     out, begun = tmp_path / "set", worker.versions
     assert generate(run_of(out, identities=2)) == 0
-    monkeypatch.setattr(worker, "versions", lambda device: begun(device) | {"torch": "0.1", "processor": "abacus"})
+    monkeypatch.setattr(worker, "versions", lambda *stack: begun(*stack) | {"torch": "0.1", "processor": "abacus"})
     with pytest.raises(ConfigError, match=r"processor: \S+ -> abacus, torch: \S+ -> 0\.1.*--mixed true"):
         generate(run_of(out, identities=4))
     assert open_plan(out).identities == 2, "the folder is not claimed for what cannot be made"
     assert generate(run_of(out, identities=4, mixed=True)) == 0
     stated = [read_sidecar(out, "frames", shard)["versions"] for shard in (0, 1)]
-    assert [versions["processor"] for versions in stated] == [begun("cpu")["processor"], "abacus"]
-    assert json.loads((out / "dataset.json").read_text())["versions"] == begun("cpu")
+    assert [versions["processor"] for versions in stated] == [begun("cpu", "torch")["processor"], "abacus"]
+    assert json.loads((out / "dataset.json").read_text())["versions"] == begun("cpu", "torch")
 
 
 def test_workers_on_two_kinds_of_device_must_be_asked_for(run_of, tmp_path):
