@@ -4,9 +4,9 @@ Every term compares a rendered head with the generator's own rendering of the sa
 points, depth and opacity. The perceptual, identity and adversarial terms need networks of their own and are not part of this file.
 
 Deliberate differences from the source. The target of foreground features is the generator's foreground before the background is
-added, and the target of foreground RGB is what the raw target leaves in front of the background, raw - (1 - opacity) * background in
-[0, 1]: the three targets are then one composite, and no frame needs a label of its own for it. There, both are composite times opacity,
-which mixes background into every half-covered pixel. Density smoothness, every 16 steps, is added to the other
+added. The target of foreground RGB is what the raw target leaves in front of the background, raw - (1 - opacity) * background, kept
+between 0 and the opacity, as every rendered foreground is: targets that are one composite, and no label of its own. There, both are
+composite times opacity, which mixes background into every half-covered pixel. Density smoothness, every 16 steps, is added to the other
 terms of that step instead of taking a step of its own, so Adam's rates need no correction for more steps (there 16/17 of each).
 """
 
@@ -127,6 +127,7 @@ def reconstruction_losses(
         terms["image_raw"] = config.image.weight * _l1(rendered.raw, raw)
         # Foregrounds are compared on the scale of pictures, [-1, 1]: twice the difference of sums in [0, 1].
         foreground = (raw + 1) / 2 - (1 - batch.opacity) * (batch.background + 1) / 2
+        foreground = torch.minimum(foreground.clamp_min(0), batch.opacity)  # super-resolution changes empty pixels too
         terms["image_foreground"] = config.image.weight * 2 * _l1(rendered.foreground[:, :3], foreground)
         terms["image_background"] = config.image.weight * _l1(rendered.background[:, :3], batch.background)
     if config.features.active(images_seen):

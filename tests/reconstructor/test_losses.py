@@ -72,8 +72,7 @@ def test_terms_have_the_published_weights_and_the_values_computed_by_hand():
     assert {name: round(value.item(), 5) for name, value in terms.items()} == {
         "image_final": 0.1,  # |0.5 - 0.4|
         "image_raw": 0.15,  # |0.25 - 0.4|
-        # The target in [0, 1] is 0.7 on the head and 0.7 - 0.4 beside it: 2 * mean(0.2 on half, 0.2 on half) on the scale of [-1, 1]
-        "image_foreground": 0.4,
+        "image_foreground": 0.7,  # 0.7 on the head, nothing beside it: 2 * mean(0.2 on half, 0.5 on half) on the scale of [-1, 1]
         "image_background": 0.3,  # |-0.5 + 0.2|
         "features": 0.8,  # 2 * |0.5 - 0.3| + |-0.5 + 0.1|
         "points": 0.2,  # 0.1 * |3 - 1|
@@ -109,6 +108,21 @@ def test_a_perfect_rendering_has_no_loss():
         opacity=labels.opacity,
     )
     assert all(value.item() == pytest.approx(0, abs=1e-6) for value in losses(images=images, labels=labels).values())
+
+
+@pytest.mark.parametrize(
+    ("picture", "opacity", "background", "expected"),
+    [
+        (0.0, 0.5, -0.5, 0.375),  # 0.5 - 0.5 * 0.25
+        (0.0, 0.25, 1.0, 0.0),  # 0.5 - 0.75 * 1: nothing is darker than black
+        (1.0, 0.25, -1.0, 0.25),  # 1 - 0: a quarter of a pixel is at most a quarter bright
+        (0.6, 0.0, -0.6, 0.0),  # a picture that differs from the background where nothing is
+    ],
+)
+def test_the_foreground_target_is_what_the_picture_leaves_in_front_of_the_background(picture, opacity, background, expected):
+    labels = batch(image=full(picture, 3, S, S), opacity=full(opacity, 1, R, R), background=full(background, 3, R, R))
+    images = rendered(foreground=full(0.5, C, R, R))
+    assert losses(images=images, labels=labels)["image_foreground"].item() == pytest.approx(2 * abs(0.5 - expected))
 
 
 def test_depth_counts_on_the_head_only():
