@@ -88,24 +88,30 @@ def shards_section(folder: Path) -> str:
     if not (folder / "shards" / "dataset.json").exists():
         return section("Shards", "not made yet", "")
     dataset = open_dataset(folder / "shards")
-    labelled = [frame for frame in dataset.frames if "depth" in frame.members]  # the first shards may be the only ones
-    frames = (labelled or dataset.frames)[:: max(1, len(labelled or dataset.frames) // 12)][:12]
+    shown = [frame for frame in dataset.frames if frame.kind != "motion-rich"]  # pictures of one size
+    for maps in (("depth", "opacity"), ("opacity",), ()):  # the first shards may be the only ones with labels
+        frames = [frame for frame in shown if all(name in frame.members for name in maps)]
+        if frames:
+            break
+    frames = frames[:: max(1, len(frames) // 12)][:12]
     if not frames:
         return section("Shards", "none is finished yet", "")
     near, far = dataset.scales.near, dataset.scales.far
     pictures = []
     for frame in frames:
-        sample = dataset.read(frame, ["rgb.0", "opacity", *(["depth"] if labelled else [])])
+        sample = dataset.read(frame, ["rgb.0", *maps])
         size = sample["rgb.0"].shape[0]
-        opacity = _upscale(sample["opacity"][0], size)
         pictures.append(sample["rgb.0"])
-        if labelled:
+        if not maps:
+            continue
+        opacity = _upscale(sample["opacity"][0], size)
+        if "depth" in maps:
             depth = np.where(opacity > 0.5, -_upscale(sample["depth"][0], size), np.nan)  # near is bright
             pictures.append(colorize(depth, -(near + 0.75 * (far - near)), -(near + 0.25 * (far - near))))
         pictures.append(_gray((opacity * 255).astype(np.uint8)))
     save_png(folder / "report" / "shards.png", grid(np.stack(pictures), 12), {"source": "shards"})
     identities = len({frame.identity for frame in dataset.frames})
-    note = f"{len(dataset.frames)} frames of {identities} people; colour, {'depth, ' if labelled else ''}opacity of a few."
+    note = f"{len(dataset.frames)} frames of {identities} people; {', '.join(('colour', *maps))} of a few."
     more = '<p><a href="shards/index.html">More of the shards: distributions, outliers, throughput</a></p>'
     content = _pictures(folder, ["report/shards.png"]) + (more if (folder / "shards" / "index.html").exists() else "")
     return section("Shards", note, content)
