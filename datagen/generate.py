@@ -121,9 +121,7 @@ def make_plan(config: DatagenRun) -> Plan:
         check_backend(config.rasterizer)
     weights = exported_hash(config.generator)
     export = load_yaml(GenHeadExport, config.generator / "config.yaml")
-    recipe = config.recipe
-    if recipe.source == "sample-sets":
-        recipe = dataclasses.replace(recipe, sample_sets=recipe.sample_sets.pinned())
+    recipe = config.recipe.pinned(export.head_model)
     return Plan(
         identities=config.identities,
         seed=config.seed,

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datagen.sample_sets import SampleSetFiles, load_sample_sets
+from datagen.sample_sets import LabelRows, PortraitRows, SampleSetFiles, load_portrait_rows, load_sample_sets
 from genhead.studio_people import draw_label
 from head3d.cameras import orbit
 from head3d.labels import EXPRESSION_SIZE, SHAPE_SIZE, HeadLabel, Motion
 from head3d.run.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, to_dict
+from head3d.run.errors import DataError
 from head3d.run.seeding import numpy_generator
 
 STUDIO_TARGET_XY, STUDIO_RADIUS = 0.03, (3.74, 4.45)  # the limits inside `draw_label`, scene units
@@ -34,7 +35,7 @@ STUDIO_TARGET_XY, STUDIO_RADIUS = 0.03, (3.74, 4.45)  # the limits inside `draw_
 Kind = Literal["static", "dynamic", "motion-rich"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Split = Literal["train", "val", "test"]
-Source = Literal["parametric", "studio", "sample-sets"]
+Source = Literal["parametric", "studio", "portraits", "sample-sets"]
 
 
 def _check_range(name: str, values: tuple[float, float], lowest: float, highest: float = math.inf) -> None:
@@ -102,8 +103,10 @@ class RecipeConfig:
     motion_rich_share: Fraction = 0.0  # of the identities; the rest are static
     motion_rich_motions: PositiveInt = 16  # motions of a motion-rich identity
     motion_rich_views: PositiveInt = 2  # cameras of each of its motions
-    source: Source = "parametric"  # of shapes, motions, portrait cameras; studio: as the built-in portraits; sample-sets: rows of files
+    source: Source = "parametric"  # of shapes, motions, portrait cameras; studio: as the built-in portraits; the others: rows of labels
+    portraits: PortraitRows = PortraitRows()  # the record, if source is portraits
     sample_sets: SampleSetFiles = SampleSetFiles()  # the files, if source is sample-sets
+    split_rows: bool = True  # each row (photograph, clip) serves one split; false: all splits draw from all rows (published: no splits)
     truncation_psi: NonNegativeFloat = 0.95  # of the generator's mapping; the background is never truncated
     shape_std: NonNegativeFloat = 0.92  # parametric: each shape component normal, cut at three deviations
     look_at_probability: Fraction = 0.5  # a camera is a look-at camera with this probability, else like a fitted portrait's
@@ -124,6 +127,18 @@ class RecipeConfig:
             raise ValueError(f"val_share + test_share: expected at most 1, got {self.val_share + self.test_share:g}")
         if self.source == "sample-sets" and len(self.sample_sets.paths()) < 4:
             raise ValueError("source sample-sets: expected all four files under sample_sets, got fewer")
+        if self.source == "portraits" and self.portraits.record is None:
+            raise ValueError("source portraits: expected a portraits record under portraits.record, got none")
+
+    def pinned(self, head_model: str) -> RecipeConfig:
+        """With the content of the files that are drawn from, for a generator of this head model. Raises DataError where they are wrong."""
+        match self.source:
+            case "sample-sets":
+                return dataclasses.replace(self, sample_sets=self.sample_sets.pinned())
+            case "portraits":
+                return dataclasses.replace(self, portraits=self.portraits.pinned(head_model))
+            case _:
+                return self
 
 
 class MotionRecipe(NamedTuple):
@@ -188,21 +203,32 @@ def frame_count(config: RecipeConfig, identity: int) -> int:
 
 
 def draw_identity(config: RecipeConfig, seed: int, identity: int) -> IdentityRecipe:
-    """Everything there is to know about identity number `identity` of the data set with this seed."""
+    """Everything there is to know about identity number `identity` of the data set with this seed.
+
+    Raises DataError if the rows of labels that are drawn from do not suffice.
+    """
     kind = kind_of(config, identity)
     rng = numpy_generator(seed, "identity", identity, "shape")
-    shape = _draw_shape(config, rng)
+    rows, split = _label_rows(config), split_of(config, seed, identity)
+    if rows is not None and config.split_rows:
+        rows = rows.of_split(split, config.val_share, config.test_share)
+    if kind == "motion-rich" and rows is not None and rows.clip_frames is not None and rows.clip_frames < config.motion_rich_motions:
+        raise DataError(
+            f"recipe.motion_rich_motions: {config.motion_rich_motions} different motions are asked for, but a clip has {rows.clip_frames} "
+            "frames; ask for at most that many"
+        )
+    shape = _draw_shape(config, rng, rows)
     views = {"dynamic": config.dynamic_views, "static": config.static_views, "motion-rich": config.motion_rich_views}[kind]
     motions = []
     for index in range(frame_count(config, identity)):
         clip_rng = numpy_generator(seed, "identity", identity, "clip")  # the same for all motions
-        motion, jaw_opened = _draw_motion(config, numpy_generator(seed, "identity", identity, "motion", index), kind, clip_rng, index)
-        cameras, look_at = _draw_cameras(config, numpy_generator(seed, "identity", identity, "cameras", index), views)
+        motion, jaw_opened = _draw_motion(config, numpy_generator(seed, "identity", identity, "motion", index), kind, clip_rng, index, rows)
+        cameras, look_at = _draw_cameras(config, numpy_generator(seed, "identity", identity, "cameras", index), views, rows)
         motions.append(MotionRecipe(motion, cameras, {"jaw_opened": jaw_opened, "look_at": look_at}))
     return IdentityRecipe(
         identity=identity,
         kind=kind,
-        split=split_of(config, seed, identity),
+        split=split,
         seed=seed,
         shape=shape,
         condition_camera=motions[0].cameras[:1].clone(),
@@ -216,8 +242,9 @@ def camera_distances(config: RecipeConfig) -> tuple[float, float]:
     look_at, portrait = config.look_at, config.portrait
     reach = math.hypot(look_at.target_xy, look_at.target_xy, max(abs(z) for z in look_at.target_z))
     near, far = look_at.radius[0] - reach, look_at.radius[1] + reach
-    if config.source == "sample-sets":
-        fitted = load_sample_sets(config.sample_sets).camera_distances
+    rows = _label_rows(config)
+    if rows is not None:
+        fitted = rows.camera_distances
         return min(near, fitted[0]), max(far, fitted[1])
     if config.source == "studio":
         portrait = PortraitCameras(target_xy=STUDIO_TARGET_XY, radius=STUDIO_RADIUS)
@@ -227,10 +254,20 @@ def camera_distances(config: RecipeConfig) -> tuple[float, float]:
 
 def deciding_settings(config: RecipeConfig) -> dict[str, Any]:
     """The settings that what is drawn depends on: files are left out where no file is read."""
-    settings = to_dict(config)
-    if config.source != "sample-sets":
-        del settings["sample_sets"]
-    return settings
+    settings, read = to_dict(config), {"portraits": ("portraits", "split_rows"), "sample-sets": ("sample_sets", "split_rows")}
+    unread = {"portraits", "sample_sets", "split_rows"} - set(read.get(config.source, ()))
+    return {name: value for name, value in settings.items() if name not in unread}
+
+
+def _label_rows(config: RecipeConfig) -> LabelRows | None:
+    """The rows of fitted labels that the source names, if it names any."""
+    match config.source:
+        case "sample-sets":
+            return load_sample_sets(config.sample_sets)
+        case "portraits":
+            return load_portrait_rows(config.portraits)
+        case _:
+            return None
 
 
 def _kind_and_rank(config: RecipeConfig, identity: int) -> tuple[Kind, int]:
@@ -253,19 +290,19 @@ def _studio_label(rng: np.random.Generator) -> HeadLabel:
     return draw_label(rng, wide_fraction=0.2, motion_scale=1.0)
 
 
-def _draw_shape(config: RecipeConfig, rng: np.random.Generator) -> Tensor:
+def _draw_shape(config: RecipeConfig, rng: np.random.Generator, rows: LabelRows | None) -> Tensor:
     """Shape [1, 300]."""
     match config.source:
         case "parametric":
             return _row(config.shape_std * _cut_normal(rng, SHAPE_SIZE))
         case "studio":
             return _studio_label(rng).shape
-        case "sample-sets":
-            return _row(load_sample_sets(config.sample_sets).shape(rng))
+        case "portraits" | "sample-sets":
+            return _row(rows.shape(rng))
 
 
 def _draw_motion(
-    config: RecipeConfig, rng: np.random.Generator, kind: Kind, clip_rng: np.random.Generator, index: int
+    config: RecipeConfig, rng: np.random.Generator, kind: Kind, clip_rng: np.random.Generator, index: int, rows: LabelRows | None
 ) -> tuple[Motion, bool]:
     """A motion [1, ...], number `index` of its identity, and whether its jaw was opened."""
     match config.source:
@@ -273,9 +310,8 @@ def _draw_motion(
             motion = _parametric_motion(config.motion, rng)
         case "studio":
             motion = _studio_label(rng).motion
-        case "sample-sets":
-            sets = load_sample_sets(config.sample_sets)
-            parts = sets.photograph(rng) if kind == "static" else sets.clip_frame(clip_rng, index, rng)
+        case "portraits" | "sample-sets":
+            parts = rows.photograph(rng) if kind == "static" else rows.clip_frame(clip_rng, index, rng)
             expression, jaw_pose, eye_pose = map(_row, parts)
             motion = Motion(expression, torch.zeros(1, 3), jaw_pose, eye_pose)
     opened, jaw = bool(rng.random() < config.motion.jaw_open_probability), rng.uniform(*config.motion.jaw_open_rad)
@@ -298,7 +334,7 @@ def _parametric_motion(config: MotionDraws, rng: np.random.Generator) -> Motion:
     )
 
 
-def _draw_cameras(config: RecipeConfig, rng: np.random.Generator, views: int) -> tuple[Tensor, list[bool]]:
+def _draw_cameras(config: RecipeConfig, rng: np.random.Generator, views: int, rows: LabelRows | None) -> tuple[Tensor, list[bool]]:
     """Camera labels [views, 25] and which of them are look-at cameras. Both sorts are drawn for every view, so that a changed
     probability moves no other camera."""
     labels, chosen = [], []
@@ -310,8 +346,8 @@ def _draw_cameras(config: RecipeConfig, rng: np.random.Generator, views: int) ->
                 portrait = _portrait_camera(config.portrait, rng)
             case "studio":
                 portrait = _studio_label(rng).camera.label()
-            case "sample-sets":
-                portrait = _row(load_sample_sets(config.sample_sets).camera(rng))
+            case "portraits" | "sample-sets":
+                portrait = _row(rows.camera(rng))
                 around[:, 16:] = portrait[:, 16:]  # a look-at camera has the intrinsics of the label that it replaces
         labels.append(around if is_look_at else portrait)
         chosen.append(is_look_at)

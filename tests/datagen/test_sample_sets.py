@@ -1,6 +1,7 @@
 """Published sample sets as a source of recipes: rows of numbers that say where they come from."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from datagen.generate import generate, make_plan
 from datagen.plan import open_plan
 from datagen.recipes import RecipeConfig, camera_distances, deciding_settings, draw_identity
-from datagen.sample_sets import SampleSetFiles, load_sample_sets
+from datagen.sample_sets import PortraitRows, SampleSetFiles, load_sample_sets
 from datagen.verify import VerifyRun, verify
+from genhead.portraits import Portrait, write_portraits
 from head3d.cameras import Camera, orbit, world_to_camera
 from head3d.labels import check_label
 from head3d.run.config import from_dict, to_dict
@@ -46,7 +48,7 @@ def files(tmp_path):
 
 
 def config(files, **changes):
-    return RecipeConfig(**{"source": "sample-sets", "sample_sets": files, "look_at_probability": 0.0} | changes)
+    return RecipeConfig(**{"source": "sample-sets", "sample_sets": files, "look_at_probability": 0.0, "split_rows": False} | changes)
 
 
 def test_dynamic_motions_are_frames_of_one_clip_with_the_gaze_of_any_and_no_neck(files):
@@ -205,3 +207,108 @@ def test_what_is_wrong_with_a_file_is_named(files, change, message):
 def test_clips_of_one_frame_are_refused(files):
     with pytest.raises(DataError, match=r"photograph_motions\.npy: expected clips of at least 2 frames, got 1"):
         load_sample_sets(dataclasses.replace(files, clip_shapes=files.photograph_shapes, clip_motions=files.photograph_motions))
+
+
+# Splits -----------------------------------------------------------------------------------------------------------------------
+
+
+def drawn_rows(recipe_config, identities=240):
+    """By split: the numbers of the shapes, the clips or photographs, and the gazes that its identities were drawn from."""
+    rows = {split: {"shape": set(), "face": set(), "gaze": set()} for split in ("train", "val", "test")}
+    for identity in range(identities):
+        recipe = draw_identity(recipe_config, 0, identity)
+        found = rows[recipe.split]
+        found["shape"].add(int(recipe.shape[0, 0]) // 10)
+        for drawn in recipe.motions:
+            found["face"].add(int(drawn.motion.expression[0, 0]) // 10)
+            found["gaze"].add(round(float(drawn.motion.eye_pose[0, 5]) * 10_000) // 10)
+    return rows
+
+
+def test_no_row_serves_two_splits_and_every_row_serves_one(files):
+    recipe_config = config(files, split_rows=True, val_share=0.25, test_share=0.25)
+    rows = drawn_rows(recipe_config)
+    for aspect in ("shape", "face", "gaze"):
+        parts = [rows[split][aspect] for split in ("train", "val", "test")]
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+        assert set().union(*parts) <= {*range(PHOTOGRAPHS), *range(100, 100 + CLIPS)} and min(map(len, parts)) > 3
+    # What an identity learns of by its shape it does not meet in another split as a motion or gaze either.
+    everything = [set().union(*rows[split].values()) for split in ("train", "val", "test")]
+    assert [len(part) for part in everything] == [20 + 6, 10 + 3, 10 + 3]
+
+
+def test_without_it_splits_share_rows_as_the_published_draws_do(files):
+    rows = drawn_rows(config(files, val_share=0.25, test_share=0.25))
+    assert rows["train"]["face"] & rows["val"]["face"] and rows["train"]["shape"] & rows["test"]["shape"]
+
+
+def test_a_rows_split_follows_its_shape_wherever_it_stands_and_whatever_the_seed(files, tmp_path):
+    shares = ("val", 0.25, 0.25)
+    rows = load_sample_sets(files)
+    before = {int(rows.of_split(*shares).shape(np.random.default_rng(number))[0]) // 10 for number in range(200)}
+    for name in ("photograph_shapes", "photograph_motions"):
+        path = getattr(files, name)
+        array = np.load(path)
+        np.save(path, np.concatenate([array[::-1], array[:7]]))  # in another order, some rows twice
+    again = load_sample_sets(files.pinned())
+    assert {int(again.of_split(*shares).shape(np.random.default_rng(number))[0]) // 10 for number in range(200)} == before
+
+
+def test_fewer_rows_than_splits_is_an_error_with_a_remedy(files):
+    for name in ("clip_shapes", "clip_motions"):
+        np.save(getattr(files, name), np.load(getattr(files, name))[:2])
+    recipe_config = config(files, split_rows=True, val_share=0.25, test_share=0.25)
+    with pytest.raises(DataError, match=r"split_rows: 2 different rows .* none for the split 'train'; .*--recipe.split_rows false"):
+        drawn_rows(recipe_config, 8)
+
+
+def test_more_motions_than_a_clip_has_frames_are_refused_for_motion_rich_identities(files):
+    with pytest.raises(DataError, match="motion_rich_motions: 16 different motions .* a clip has 5 frames"):
+        draw_identity(config(files, dynamic_share=0.0, motion_rich_share=1.0), 0, 0)
+
+
+# Portraits --------------------------------------------------------------------------------------------------------------------
+
+
+def write_record(folder, count=30, head_model="procedural", scale=1.0):
+    """Portraits whose labels say which they are, as those of photographs in `arrays` do."""
+    shapes, motions = arrays(count, 1, 0)
+    labels = np.concatenate([shapes[:, 0], motions[:, 0]], axis=1)
+    labels[:, 25:425] *= scale
+    picture, matte = np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 255, np.uint8)
+    write_portraits(folder, [Portrait(picture, matte, label) for label in labels], 8, count, {"head_model": head_model})
+    return PortraitRows(record=folder)
+
+
+def test_portraits_are_a_source_of_shapes_cameras_and_independent_motions(tmp_path):
+    rows = write_record(tmp_path / "portraits")
+    recipe_config = RecipeConfig(
+        source="portraits", portraits=rows, look_at_probability=0.0, dynamic_share=1.0, val_share=0.2, test_share=0.2
+    )
+    found = drawn_rows(recipe_config, 60)
+    assert set().union(*(part for split in found.values() for part in split.values())) == set(range(30))
+    assert not any(found["train"][aspect] & found["test"][aspect] for aspect in ("shape", "face", "gaze"))
+    recipe = draw_identity(recipe_config, 0, 1)
+    assert len({float(drawn.motion.expression[0, 0]) for drawn in recipe.motions}) > 1
+    assert all((drawn.cameras[:, [16, 20]] == FOCAL).all() and not drawn.motion.neck_pose.any() for drawn in recipe.motions)
+    near, far = camera_distances(recipe_config)
+    assert near <= 3.8 and far >= 3.8 + 290 / 10_000
+
+
+def test_a_set_belongs_to_the_labels_of_its_portraits_and_to_their_head_model(tmp_path, run_of, head_file):
+    rows = write_record(tmp_path / "portraits", head_model=str(head_file), scale=0.001)
+    recipe = RecipeConfig(source="portraits", portraits=rows, dynamic_motions=2, dynamic_views=2, static_views=2, split_rows=False)
+    run = run_of(tmp_path / "set", recipe=recipe, identities=2)
+    assert generate(run) == 0 and verify(VerifyRun(folder=tmp_path / "set", rerender=1)) == 0
+    content = open_plan(tmp_path / "set").recipe.portraits.content
+    assert content and "portraits" not in deciding_settings(RecipeConfig())
+    shutil.rmtree(tmp_path / "portraits")
+    write_record(tmp_path / "portraits", count=31, head_model=str(head_file))
+    with pytest.raises(ConfigError, match=r"changed: recipe\.portraits\.content"):
+        generate(run)
+    with pytest.raises(DataError, match=f"expected portraits with labels of content {content}, got"):
+        PortraitRows(tmp_path / "portraits", content).pinned(str(head_file))
+    with pytest.raises(DataError, match="labelled for the head model .* but the generator's is 'procedural'"):
+        rows.pinned("procedural")
+    with pytest.raises(ValueError, match="expected a portraits record under portraits.record"):
+        RecipeConfig(source="portraits")
