@@ -12,7 +12,7 @@ export PYTHONUNBUFFERED = 1
 
 # Renewed when the pinned versions or the package's own description change; written last, so a broken-off set-up is taken up again.
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' -)
-STAGES := demo head-page portraits genhead datagen verify survey reconstructor evaluate drive report import-published bench
+STAGES := demo head-page portraits genhead plan datagen verify survey reconstructor evaluate drive report import-published bench
 # CONFIG if given, else configs/<stage>_tiny.yaml where there is one
 SETTINGS = $(or $(CONFIG),$(wildcard configs/$(subst -,_,$@)_tiny.yaml))
 
@@ -42,6 +42,7 @@ demo: ## the whole chain at tiny size, from nothing to runs/demo/index.html
 head-page: ## a page of renders of the head model
 portraits: ## the generator's training portraits (ARGS="--from_folder DIR" takes photographs)
 genhead: ## train the 3D head generator
+plan: ## forecast hours, bytes and cost of a large data set: make plan ARGS="--measured DIR --identities 1e6 --workers 500"
 datagen: ## produce labelled multi-view shards
 verify: ## check a folder of shards: make verify ARGS=DIR
 survey: ## look at a folder of shards on one page: make survey ARGS="DIR --exclude FILE"

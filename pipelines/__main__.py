@@ -28,6 +28,7 @@ COMMANDS = {
     "head-page": Command("pipelines.head_page", "render a page of the head model: neutral, components, gaze, jaw, neck"),
     "portraits": Command("pipelines.portraits", "make GenHead's training portraits, or take in photographs from a folder"),
     "genhead": Command("pipelines.genhead", "train the 3D head generator on portraits"),
+    "plan": Command("pipelines.plan", "forecast hours, bytes, requests and cost of a large data set, and what is full first"),
     "datagen": Command("pipelines.datagen", "produce labelled multi-view shards with a trained generator"),
     "verify": Command("pipelines.verify", "check a folder of shards and re-render samples from their recipes"),
     "survey": Command("pipelines.survey", "look at a folder of shards on one page, and exclude what should not be read"),
