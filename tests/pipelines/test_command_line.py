@@ -137,7 +137,8 @@ def test_make_help_lists_every_target():
     ).stdout
     targets = set(re.findall(r"^  make ([a-z-]+) +\S", shown, re.MULTILINE))
     assert targets == {
-        "help", "install", "demo", "test", "test-gpu", "lint", "bench", "head-page", "portraits", "genhead", "plan", "datagen", "verify", "survey",
+        "help", "install", "demo", "test", "test-gpu", "lint", "bench", "head-page", "portraits", "genhead", "plan", "datagen",
+        "verify", "survey",
         "reconstructor", "evaluate", "drive", "report", "import-published",
     }  # fmt: skip
 
