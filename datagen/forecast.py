@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from datagen.plan import open_plan
 from datagen.reading import read_manifest, read_sidecars
@@ -145,32 +145,29 @@ class Measured(NamedTuple):
 def measure(place: Storage | Path | str) -> Measured:
     """Read the log and the sidecars of a data set. Raises DataError if nothing in it was finished, or nobody knows how long it took."""
     storage = open_storage(place)
-    plan, sidecars = open_plan(storage), read_sidecars(storage, read_manifest(storage))
-    samples = {sidecar["shard"]: sidecar["samples"] for sidecar in sidecars["frames"]}
-    seconds = {
-        report["shard"]: report["seconds"] for report in read_log(storage) if report["shard"] in samples
-    }  # the last time it was made
+    plan = open_plan(storage)
+    pictures: dict[int, int] = {}  # by shard
+    sizes, people = collections.Counter(), collections.Counter()  # by family
+    frames = 0
+    for family, sidecar in read_sidecars(storage, read_manifest(storage)):
+        sizes[family] += sidecar["bytes"]
+        people[family] += len(plan.shard_identities(sidecar["shard"]))
+        if family == "frames":
+            frames += len(sidecar["samples"])
+            pictures[sidecar["shard"]] = sum(sample["views"] for sample in sidecar["samples"])
+    # The last time that each was made
+    seconds = {report["shard"]: report["seconds"] for report in read_log(storage) if report["shard"] in pictures}
     if not seconds:
         raise DataError(
             f"{storage.where('log.jsonl')}: expected a line for each finished shard of {storage.where()}, found none of them; "
             "give a data set that was made here, or all the numbers by hand"
         )
-
-    def pictures(shards: Any) -> int:
-        return sum(sample["views"] for shard in shards for sample in samples[shard])
-
-    identities = sum(len(plan.shard_identities(shard)) for shard in samples)
-    sizes = {
-        family: sum(sidecar["bytes"] for sidecar in found) / sum(len(plan.shard_identities(sidecar["shard"])) for sidecar in found)
-        for family, found in sidecars.items()
-        if found
-    }
     return Measured(
-        seconds_per_picture=sum(seconds.values()) / pictures(seconds),
+        seconds_per_picture=sum(seconds.values()) / sum(pictures[shard] for shard in seconds),
         identities_per_shard=plan.shards.identities_per_shard,
-        pictures_per_identity=pictures(samples) / identities,
-        frames_per_identity=sum(map(len, samples.values())) / identities,
-        bytes_per_identity=sizes,
+        pictures_per_identity=sum(pictures.values()) / people["frames"],
+        frames_per_identity=frames / people["frames"],
+        bytes_per_identity={family: size / people[family] for family, size in sizes.items()},
     )
 
 
