@@ -15,6 +15,7 @@ put in one request below 100 MiB and in parts of 50 MiB above (s3fs), and its si
 
 from __future__ import annotations
 
+import collections
 import math
 from pathlib import Path
 from typing import NamedTuple
