@@ -58,7 +58,7 @@ def extract_surface(field: PointField, config: SurfaceConfig, device: torch.devi
     if not highest > config.threshold:  # also where it is not a number
         raise DataError(
             f"surface: expected a density above the threshold, {config.threshold:g} per scene unit, somewhere in a box of "
-            f"{config.box_side:g}, found {lowest:.3g} to {highest:.3g}; choose a threshold between those (--mesh.threshold)"
+            f"{config.box_side:g}, found {lowest:.3g} to {highest:.3g}; choose a `threshold` between those"
         )
     volume = np.pad(density.reshape((config.resolution,) * 3).numpy(), 1)
     # scikit-image winds triangles clockwise as seen from the side that this argument names; from outside they must be counter-clockwise

@@ -1,26 +1,33 @@
 """Inference: everything that depends on the source alone is computed once, then one call a frame.
 
     Avatar.from_image   both encoders, background, de-expression blocks        once per source
-    drive               re-enactment blocks, plane decoder, neck stage         once per motion
+    pose                re-enactment blocks, plane decoder, neck stage         once per motion
     view                rays and super-resolution                              once per camera
+    surface             a mesh with colours                                    once per motion
 
 Sampling is deterministic (no jitter), so equal inputs give equal frames and a video does not flicker.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from head3d.cameras import Camera
 from head3d.deformation import PosedHead
-from head3d.labels import SHAPE_SIZE, Motion
+from head3d.labels import MOTION_VECTOR_SIZE, SHAPE_SIZE, Motion
 from head3d.networks.resample import resize_antialias
 from head3d.rendering import HeadImages
+from head3d.run.errors import ConfigError
+from head3d.surface import SurfaceConfig, extract_surface
 from reconstructor.architectures.portrait4d import SourceCode
 from reconstructor.model import Reconstructor
+from reconstructor.motion import IMAGE_MOTION_SIZE
+
+if TYPE_CHECKING:
+    from trimesh import Trimesh
 
 
 class DrivenHead(NamedTuple):
@@ -49,30 +56,31 @@ class Avatar:
         *,
         shape: Tensor | None = None,  # [1, 300] for the neck stage; None = the mean head
         motion: Motion | None = None,  # of the picture; None = neutral
+        vector: Tensor | None = None,  # [1, D] what the network's attention reads; None = the FLAME motion's own vector
     ) -> Avatar:
         """Encode the source once.
 
         A photograph without a fitted label is taken as the mean shape and a neutral face; what its expression differs from
-        neutral then stays in the avatar.
+        neutral then stays in the avatar. Raises ConfigError if the network reads vectors of another length.
         """
         assert image.ndim == 4 and image.shape[:2] == (1, 3), f"source image must be [1, 3, H, W], got {tuple(image.shape)}"
         parameter = next(model.parameters())
         device, architecture = parameter.device, model.architecture
         image = resize_antialias(image.to(device), architecture.config.image_resolution)
-        motion = (Motion.neutral(1) if motion is None else motion).to(device)
+        vector = _vector(model, Motion.neutral(1) if motion is None else motion, vector)
         shape = (torch.zeros(1, SHAPE_SIZE) if shape is None else shape).to(device)
         source = architecture.encode_source(image)
-        tokens = architecture.deexpress(source, motion.vector(), torch.ones(1, device=device))
+        tokens = architecture.deexpress(source, vector, torch.ones(1, device=device))
         return cls(model, source, tokens, shape)
 
     @torch.no_grad()
-    def pose(self, motion: Motion) -> DrivenHead:
-        """The head in B motions."""
+    def pose(self, motion: Motion, vector: Tensor | None = None) -> DrivenHead:
+        """The head in B motions. vector [B, D]: as in `from_image`; the neck always turns as `motion` says."""
         batch, device = motion.expression.shape[0], self._tokens.device
-        motion = motion.to(device)
+        motion, vector = motion.to(device), _vector(self._model, motion, vector)
         source = SourceCode(*(part.expand(batch, *part.shape[1:]) for part in self._source))
         tokens = self._tokens.expand(batch, -1, -1)
-        planes = self._model.architecture.reenact(tokens, source, motion.vector(), torch.ones(batch, device=device))
+        planes = self._model.architecture.reenact(tokens, source, vector, torch.ones(batch, device=device))
         return DrivenHead(planes, self._model.pose(self._shape.expand(batch, -1), motion))
 
     @torch.no_grad()
@@ -84,6 +92,27 @@ class Avatar:
         background = self._source.background.expand(views, -1, -1, -1)
         return self._model.render(head.planes, background, head.posed, camera.to(head.planes.device), resolution=resolution)
 
-    def drive(self, motion: Motion, camera: Camera, *, resolution: int | None = None) -> HeadImages:
+    def surface(self, head: DrivenHead, config: SurfaceConfig) -> Trimesh:
+        """The surface of one head (B = 1), the neck turned as it was posed, with the colours of the field."""
+        assert head.planes.shape[0] == 1, f"one head at a time, got {head.planes.shape[0]}"
+
+        def field(points: Tensor) -> tuple[Tensor, Tensor]:
+            colors, density = self._model.field(head.planes, points[None], head.posed)
+            return colors[0], density[0]
+
+        return extract_surface(field, config, head.planes.device)
+
+    def drive(self, motion: Motion, camera: Camera, *, vector: Tensor | None = None, resolution: int | None = None) -> HeadImages:
         """Pictures of B motions from B cameras, or of one motion from B cameras."""
-        return self.view(self.pose(motion), camera, resolution=resolution)
+        return self.view(self.pose(motion, vector), camera, resolution=resolution)
+
+
+def _vector(model: Reconstructor, motion: Motion, vector: Tensor | None) -> Tensor:
+    """What the attention of `model` reads, [B, D], on its device."""
+    vector = motion.vector() if vector is None else vector
+    expected = model.architecture.config.motion_dim
+    if vector.shape[1] != expected:
+        names = {MOTION_VECTOR_SIZE: "FLAME's expression, jaw and eyes", IMAGE_MOTION_SIZE: "read off pictures"}
+        ours, theirs = (f"{size} numbers ({names.get(size, 'of another kind')})" for size in (expected, vector.shape[1]))
+        raise ConfigError(f"this reconstructor reads motion vectors of {ours}, got {theirs}; use a network trained for them")
+    return vector.to(next(model.parameters()).device)

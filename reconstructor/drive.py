@@ -1,52 +1,58 @@
-"""The `drive` command: one source picture and a motion sequence -> a video and a contact sheet."""
+"""The `drive` command: one source picture and a driver -> a video, pictures, a contact sheet, meshes."""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from datagen.reading import ShardDataset, open_dataset, read_manifest
+from genhead.photographs import fingerprint
+from head3d.cameras import frontal
 from head3d.head_model import BUILT_IN
-from head3d.labels import Motion, unpack_label
+from head3d.labels import MOTION_VECTOR_SIZE, Motion, unpack_label
+from head3d.networks.resample import resize_antialias
 from head3d.pictures import grid, save_png, save_video, to_uint8
 from head3d.run.checkpoint import exported_hash, load_exported
 from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt, to_dict
-from head3d.run.errors import ConfigError, DataError
-from head3d.run.files import sha256_of_file, write_atomic
+from head3d.run.errors import ConfigError
+from head3d.run.files import atomic_folder, sha256_of_file, write_atomic
 from head3d.run.runlog import progress
+from head3d.surface import SurfaceConfig, save_mesh
 from reconstructor.avatar import Avatar
-from reconstructor.batches import as_picture
-from reconstructor.model import EXPORT_KIND, ReconstructorExport, load_reconstructor
-from reconstructor.sequences import Sequence, built_in, from_file, interpolate_motion, orbiting
+from reconstructor.drivers import MotionReader, Pictures, drives_by_pictures, open_pictures, sequence_of
+from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport, load_reconstructor
+from reconstructor.sequences import Sequence, built_in, from_file, of_labels, orbiting
+from reconstructor.sources import ASTRONAUT, Crop, Source, held_out_frames, read_photograph, read_sample
 
-ASTRONAUT = "astronaut"  # NASA's portrait of Eileen Collins (1999, public domain), which scikit-image ships
-
-
-class Crop(NamedTuple):
-    """A square of a photograph, pixels from its top-left corner; it may reach over the edge, which is then repeated."""
-
-    center_x: float
-    center_y: float
-    side: float
+DEFAULT_FPS = 25.0
+Output = Literal["video", "frames", "sheet", "mesh"]
 
 
-ASTRONAUT_CROP = Crop(
-    224.0, 121.0, 186.0
-)  # least-squares fit of the built-in head's eyes, nose, mouth and chin, as the frontal camera sees them
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Meshes of the head at rest (neutral motion; the source's own for a network that reads pictures) and in one frame.
+
+    Scene units (FLAME metres x 3), y up, the face to +z.
+    """
+
+    frame: NonNegativeInt = 0  # number of the driven frame, its neck turned as in the video
+    format: Literal["ply", "obj"] = "ply"  # both hold colours and normals
+    surface: SurfaceConfig = SurfaceConfig()  # grid, threshold and box
 
 
 @dataclasses.dataclass(frozen=True)
 class DriveRun:
-    """Drive a head from one picture with a motion sequence: OUT/drive.mp4 and OUT/contact_sheet.png."""
+    """Drive a head from one picture: OUT/drive.mp4, OUT/frames/, OUT/contact_sheet.png, OUT/mesh_rest and mesh_driven, as asked for."""
 
-    out: Path = Path("runs/drive")  # where the video and the contact sheet go
+    out: Path = Path("runs/drive")  # where everything goes
     reconstructor: Path = Path("runs/reconstructor/export")  # exported reconstructor
     # a picture file, "astronaut" (the public-domain portrait that scikit-image ships), or "shard": a held-out sample of `shards`
     source: str = ASTRONAUT
@@ -54,141 +60,178 @@ class DriveRun:
     # square of a picture file to use: centre x, centre y, side in px, framed as the labels frame heads: the pupils at 38 % of the
     # height and 23 % of the side apart, the chin at 78 %; None = the largest central square
     crop: tuple[float, float, float] | None = None
-    # "built-in" (smile, jaw, blink, gaze, turn), "shard" (motions of held-out identities), or a .npz of FLAME motions
+    # .npy of the picture's 437-number label, intrinsics divided by width and height: says square, shape and motion; None = unknown
+    source_label: Path | None = None
+    # "built-in" (smile, jaw, blink, gaze, turn), "shard" (motions of held-out identities), a file of FLAME motions (.npz, .npy), or
+    # pictures: a video file, a folder, or the number of a camera
     motion: str = "built-in"
     motion_count: PositiveInt = 8  # motions taken for motion "shard"
+    most_frames: PositiveInt = 250  # of a video, folder or camera as driver
     shards: str = "runs/datagen"  # data set (folder or URL), read for source or motion "shard" only
-    frames_between: PositiveInt = 12  # frames from one key motion to the next; a .npz is played as it is
+    frames_between: PositiveInt = 12  # frames from one key motion to the next; files and pictures are played as they are
+    # driver: as the driver's head is seen (a label's or file's camera; still, then a turn for "built-in"); fixed: from the front;
+    # orbit: one swing to both sides
+    camera: Literal["driver", "fixed", "orbit"] = "driver"
     turn_deg: PositiveFloat = 35.0  # how far the camera swings around the head
-    fps: PositiveFloat = 25.0  # frames per second of the video
+    fps: PositiveFloat | None = None  # frames per second of the video; None = the driver's, 25 where it has none
+    outputs: tuple[Output, ...] = ("video", "sheet")  # what to write
     sheet_frames: PositiveInt = 11  # frames on the contact sheet, beside the source
+    mesh: MeshConfig = MeshConfig()  # for output "mesh"
     batch: PositiveInt = 4  # frames computed together
 
 
-class Source(NamedTuple):
-    """A picture and what is known about it."""
+def drive(config: DriveRun, reader: MotionReader | None = None) -> int:
+    """Write what is asked for and, last, drive.json. Returns the exit status, 0; what is done already is not done again.
 
-    image: Tensor  # [1, 3, H, W] in [-1, 1]
-    shape: Tensor | None  # [1, 300]; None = unknown, taken as the mean head
-    motion: Motion | None  # None = unknown, taken as neutral
-    note: str  # for people
-
-
-def drive(config: DriveRun) -> int:
-    """Write the video, the contact sheet and, last, drive.json. Returns the exit status, 0; what is done already is not done again.
-
-    Raises DataError or ConfigError for unusable input.
+    `reader` reads motion off pictures. Raises DataError or ConfigError for unusable input.
     """
     record = {
         "reconstructor": exported_hash(config.reconstructor),
         "inputs": _inputs(config),
         "settings": {key: value for key, value in to_dict(config).items() if key not in ("out", "reconstructor", "shards", "batch")},
     }
-    video, finished = config.out / "drive.mp4", config.out / "drive.json"
-    if finished.exists() and video.exists():
-        there = json.loads(finished.read_text(encoding="utf-8"))
-        if all(there.get(key) == value for key, value in record.items()):
-            print(f"{video}: made before, with the same settings")
-            return 0
+    written = _paths(config)
+    if not config.motion.isdecimal() and _made_before(config.out / "drive.json", record, written):
+        print(f"{config.out}: made before, with the same settings")
+        return 0
     model = load_reconstructor(config.reconstructor, "cuda" if torch.cuda.is_available() else "cpu")
     dataset = open_dataset(config.shards) if "shard" in (config.source, config.motion) else None
-    source, sequence = read_source(config, dataset), read_sequence(config, dataset)
+    source = read_source(config, dataset)
+    sequence, fps = read_sequence(config, dataset, model, reader)
+    if "mesh" in config.outputs and config.mesh.frame >= len(sequence):
+        raise ConfigError(f"mesh.frame {config.mesh.frame}: the driver has {len(sequence)} frames; choose 0 to {len(sequence) - 1}")
     print(f"source: {source.note}")
-    avatar = Avatar.from_image(model, source.image, shape=source.shape, motion=source.motion)
-    frames = render_frames(avatar, sequence, config.batch)
-    record |= {"command": "drive", "source": source.note, "frames": len(frames)}
-    save_video(video, frames, config.fps, record)
-    save_png(config.out / "contact_sheet.png", contact_sheet(source, frames, config.sheet_frames), record)
-    write_atomic(finished, json.dumps(record, indent=1) + "\n")
-    print(f"{video}: {len(frames)} frames")
+    image = resize_antialias(source.image, model.architecture.config.image_resolution)
+    vector = None if sequence.vector is None else reader(image.to(sequence.vector.device)).vector
+    avatar = Avatar.from_image(model, image, shape=source.shape, motion=source.motion, vector=vector)
+    record |= {"command": "drive", "source": source.note, "frames": len(sequence)}
+    write_pictures(config, avatar, source, sequence, config.fps or fps or DEFAULT_FPS, record)
+    if "mesh" in config.outputs:
+        driven = sequence.select(slice(config.mesh.frame, config.mesh.frame + 1))
+        heads = {"rest": avatar.pose(Motion.neutral(1), vector), "driven": avatar.pose(driven.motion, driven.vector)}
+        for name, head in heads.items():
+            save_mesh(config.out / f"mesh_{name}.{config.mesh.format}", avatar.surface(head, config.mesh.surface))
+    write_atomic(config.out / "drive.json", json.dumps(record, indent=1) + "\n")
+    print(f"{', '.join(str(path) for path in written)}: {len(sequence)} frames")
     return 0
 
 
+def _paths(config: DriveRun) -> list[Path]:
+    """What the settings ask for."""
+    names = {
+        "video": ["drive.mp4"],
+        "frames": ["frames"],
+        "sheet": ["contact_sheet.png"],
+        "mesh": [f"mesh_rest.{config.mesh.format}", f"mesh_driven.{config.mesh.format}"],
+    }
+    return [config.out / name for output in config.outputs for name in names[output]]
+
+
+def _made_before(finished: Path, record: dict, written: list[Path]) -> bool:
+    if not finished.exists() or not all(path.exists() for path in written):
+        return False
+    there = json.loads(finished.read_text(encoding="utf-8"))
+    return all(there.get(key) == value for key, value in record.items())
+
+
 def _inputs(config: DriveRun) -> dict[str, str]:
-    """Hashes of what the settings only name: picture file, motion file, data set."""
+    """Hashes of what the settings only name: files, a folder of pictures, the data set."""
     found = {}
-    for name, value in (("source", config.source), ("motion", config.motion)):
+    for name, value in (("source", config.source), ("source_label", str(config.source_label)), ("motion", config.motion)):
         if value == "shard":
             found["shards"] = read_manifest(config.shards)["config_hash"]
         elif Path(value).is_file():
             found[name] = sha256_of_file(value)
+        elif Path(value).is_dir():
+            found[name] = fingerprint(Path(value))
     return found
 
 
-def render_frames(avatar: Avatar, sequence: Sequence, batch: int) -> np.ndarray:
-    """The sequence as pictures uint8 [T, H, W, 3]."""
-    frames = []
+def write_pictures(config: DriveRun, avatar: Avatar, source: Source, sequence: Sequence, fps: float, record: dict) -> None:
+    """Render the sequence once, frame by frame, into the video, the pictures and the sheet, as far as they are asked for."""
+    if not {"video", "frames", "sheet"} & set(config.outputs):
+        return
+    chosen = collections.Counter(np.linspace(0, len(sequence) - 1, config.sheet_frames).round().astype(int).tolist())
+    shown: list[np.ndarray] = []
+
+    def pictures(folder: Path | None) -> Iterator[np.ndarray]:
+        for index, frame in enumerate(render_frames(avatar, sequence, config.batch)):
+            if folder is not None:
+                save_png(folder / f"{index:06d}.png", frame, record)
+            shown.extend([frame] * chosen[index])
+            yield frame
+
+    with atomic_folder(config.out / "frames") if "frames" in config.outputs else contextlib.nullcontext() as folder:
+        if "video" in config.outputs:
+            save_video(config.out / "drive.mp4", pictures(folder), fps, record)
+        else:
+            collections.deque(pictures(folder), maxlen=0)
+    if "sheet" in config.outputs:
+        save_png(config.out / "contact_sheet.png", contact_sheet(source, np.stack(shown)), record)
+
+
+def render_frames(avatar: Avatar, sequence: Sequence, batch: int) -> Iterator[np.ndarray]:
+    """The sequence as pictures uint8 [H, W, 3], one after the other."""
     with progress(len(sequence), "drive", unit="frame") as bar:
         for start in range(0, len(sequence), batch):
-            part = slice(start, start + batch)
-            frames.append(to_uint8(avatar.drive(sequence.motion.select(part), sequence.camera.select(part)).image))
-            bar.update(len(frames[-1]))
-    return np.concatenate(frames)
+            part = sequence.select(slice(start, start + batch))
+            yield from to_uint8(avatar.drive(part.motion, part.camera, vector=part.vector).image)
+            bar.update(len(part))
 
 
-def contact_sheet(source: Source, frames: np.ndarray, count: int) -> np.ndarray:
-    """The source, then `count` frames evenly spread over the video, four a row or more."""
+def contact_sheet(source: Source, frames: np.ndarray) -> np.ndarray:
+    """The source, then the frames, four a row or more."""
     side = frames.shape[1]
     picture = torch.nn.functional.interpolate(source.image, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
-    sheet = np.concatenate([to_uint8(picture), chosen])
+    sheet = np.concatenate([to_uint8(picture), frames])
     return grid(sheet, columns=max(4, -(-len(sheet) // 4)))
 
 
 def read_source(config: DriveRun, dataset: ShardDataset | None) -> Source:
-    """The source picture. A photograph is taken as the mean shape with a neutral face, for lack of a fitted label."""
+    """The source picture that the settings name."""
     if config.source == "shard":
-        frames = held_out_frames(dataset)
-        identities = sorted({frame.identity for frame in frames})
-        if config.source_sample >= len(identities):
-            raise ConfigError(
-                f"source_sample {config.source_sample}: {config.shards} holds {len(identities)} held-out identities; "
-                f"choose 0 to {len(identities) - 1}"
-            )
-        frame = next(frame for frame in frames if frame.identity == identities[config.source_sample])
-        data = dataset.read(frame, ["rgb.0", "label"])
-        label = unpack_label(torch.from_numpy(data["label"][:1]))
-        image = torch.from_numpy(as_picture(data["rgb.0"]))[None]
-        return Source(
-            image, label.shape, label.motion, f"{config.shards}, identity {frame.identity}, motion {frame.motion}, view 0, with its label"
-        )
-    if config.source == ASTRONAUT:
-        import skimage.data
-
-        pixels, crop, name = skimage.data.astronaut(), config.crop or ASTRONAUT_CROP, "astronaut (NASA, public domain)"
-    else:
-        path = Path(config.source)
-        try:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{path}: expected a picture file ({error}); give a JPEG or PNG, '{ASTRONAUT}' or 'shard'") from error
-        height, width = pixels.shape[:2]
-        crop, name = config.crop or (width / 2, height / 2, float(min(width, height))), path.name
-    crop = Crop(*crop)
-    note = f"{name}, square of {crop.side:g} px around ({crop.center_x:g}, {crop.center_y:g}), taken as mean shape and neutral motion"
-    return Source(crop_square(pixels, crop), None, None, note)
+        return read_sample(dataset, config.source_sample, config.shards)
+    return read_photograph(config.source, None if config.crop is None else Crop(*config.crop), config.source_label)
 
 
-def crop_square(pixels: np.ndarray, crop: Crop, minimum_side: int = 8) -> Tensor:
-    """The square of uint8 [H, W, 3] as [1, 3, n, n] in [-1, 1], n = its side in whole pixels; edges are repeated beyond the picture."""
-    side = max(minimum_side, round(crop.side))
-    rows = np.clip(np.arange(side) + round(crop.center_y - crop.side / 2), 0, pixels.shape[0] - 1)
-    columns = np.clip(np.arange(side) + round(crop.center_x - crop.side / 2), 0, pixels.shape[1] - 1)
-    return torch.from_numpy(as_picture(pixels[rows][:, columns]))[None]
-
-
-def read_sequence(config: DriveRun, dataset: ShardDataset | None) -> Sequence:
-    """The motions to play and the cameras to see them from."""
+def read_sequence(
+    config: DriveRun, dataset: ShardDataset | None, model: Reconstructor, reader: MotionReader | None
+) -> tuple[Sequence, float | None]:
+    """The frames to play, seen from where the settings say, and the driver's own frames per second, if it has any."""
+    fps = None
     if config.motion == "built-in":
         _, export = load_exported(config.reconstructor, ReconstructorExport, EXPORT_KIND)
-        return built_in(expression_names(export.head_model), config.frames_between, np.deg2rad(config.turn_deg))
-    if config.motion == "shard":
+        sequence = built_in(expression_names(export.head_model), config.frames_between, np.deg2rad(config.turn_deg))
+    elif config.motion == "shard":
         frames = held_out_frames(dataset)[: config.motion_count]
         labels = np.stack([dataset.read(frame, ["label"])["label"][0] for frame in frames])
-        motion = interpolate_motion(unpack_label(torch.from_numpy(labels)).motion, config.frames_between)
-        return Sequence(motion, orbiting(motion.expression.shape[0], np.deg2rad(config.turn_deg)))
-    return from_file(Path(config.motion))
+        sequence = of_labels(unpack_label(torch.from_numpy(labels)), config.frames_between)
+    elif drives_by_pictures(config.motion):
+        with open_pictures(config.motion) as pictures:
+            sequence, fps = _read_pictures(config, pictures, model, reader), pictures.fps
+    else:
+        sequence = from_file(Path(config.motion))
+    match config.camera:
+        case "driver":
+            return sequence, fps
+        case "fixed":
+            return dataclasses.replace(sequence, camera=frontal(len(sequence))), fps
+        case "orbit":
+            return dataclasses.replace(sequence, camera=orbiting(len(sequence), np.deg2rad(config.turn_deg))), fps
+        case other:
+            raise ValueError(f"camera: expected driver, fixed or orbit, got {other!r}")
+
+
+def _read_pictures(config: DriveRun, pictures: Pictures, model: Reconstructor, reader: MotionReader | None) -> Sequence:
+    if reader is None:
+        size = model.architecture.config.motion_dim
+        reads = f"FLAME motion ({size} numbers: expression, jaw, eyes)" if size == MOTION_VECTOR_SIZE else f"{size} numbers off pictures"
+        raise ConfigError(
+            f"motion {config.motion}: it is pictures, and there is no network yet that reads motion off pictures; this reconstructor takes "
+            f"{reads}. Give FLAME motions (a .npz or .npy file, 'built-in' or 'shard'), or call drive() with a reader of your own"
+        )
+    device = next(model.parameters()).device
+    return sequence_of(pictures, reader, config.most_frames, model.architecture.config.image_resolution, device)
 
 
 def expression_names(head_model: str) -> dict[str, int]:
@@ -198,13 +241,3 @@ def expression_names(head_model: str) -> dict[str, int]:
     from head3d.procedural_head import EXPRESSIONS
 
     return EXPRESSIONS
-
-
-def held_out_frames(dataset: ShardDataset) -> list:
-    """Frames that no training saw, dynamic ones first; none of small pictures. Raises DataError if there are none."""
-    frames = [frame for frame in dataset.frames if frame.split != "train" and frame.kind != "motion-rich"]
-    if not frames:
-        raise DataError(
-            f"{dataset.folder}: no identity is held out; generate with --recipe.test_share above 0, or give a picture file as source"
-        )
-    return sorted(frames, key=lambda frame: (frame.kind == "static", frame.identity, frame.motion))

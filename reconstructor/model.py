@@ -88,9 +88,10 @@ class Reconstructor(nn.Module):
         """Mean-plane features [B, N, C] at posed points [B, N, 3]: what the plane-point label compares with."""
         return sample_planes(planes, self._to_planes(points, posed), self.config.sampling.box_side)
 
-    def raw_density(self, planes: Tensor, points: Tensor) -> Tensor:
-        """Raw density [B, N] at points [B, N, 3] of the space of the planes."""
-        return self.decoder(sample_planes(planes, points, self.config.sampling.box_side))[1][..., 0]
+    def field(self, planes: Tensor, points: Tensor, posed: PosedHead | None = None) -> tuple[Tensor, Tensor]:
+        """Colours [B, N, C] in [0, 1] and raw density [B, N] at posed points [B, N, 3]."""
+        colors, density = self.decoder(self.point_features(planes, points, posed))
+        return colors, density[..., 0]
 
     def render(
         self,
@@ -105,14 +106,13 @@ class Reconstructor(nn.Module):
         """Render one picture per batch entry."""
         sampling, side = self.config.sampling, resolution or self.config.render_resolution
 
-        def field(points: Tensor) -> FieldSamples:
-            lead = points.shape[:3]
-            colors, density = self.decoder(self.point_features(planes, points.flatten(1, 2), posed))
-            return FieldSamples(colors.reshape(*lead, -1), density.reshape(lead))
+        def along_rays(points: Tensor) -> FieldSamples:
+            colors, density = self.field(planes, points.flatten(1, 2), posed)
+            return FieldSamples(colors.unflatten(1, points.shape[1:3]), density.unflatten(1, points.shape[1:3]))
 
         origins, directions = camera_rays(camera, side)
         near, far = ray_bounds(camera, sampling.box_side)
-        rendered = render_rays(field, origins, directions, near, far, sampling, generator)
+        rendered = render_rays(along_rays, origins, directions, near, far, sampling, generator)
         return compose_pictures(rendered, background, side, self.superresolution)
 
     def forward(

@@ -1,29 +1,39 @@
-"""Motion sequences for `drive`: built in, from a data set's frames, or from a file; and smooth interpolation between key motions."""
+"""Motion sequences for `drive`: built in, from a data set's labels, or from a file; and smooth interpolation between key motions."""
 
 from __future__ import annotations
 
+import dataclasses
+import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
 from head3d.cameras import Camera, frontal, orbit
-from head3d.labels import EXPRESSION_SIZE, Motion
+from head3d.labels import EXPRESSION_SIZE, HeadLabel, Motion
 from head3d.run.errors import DataError
 
+FRONTAL_RADIUS = 4.17  # scene units; the published labels' mean distance
 _FILE_KEYS = {"expression": EXPRESSION_SIZE, "neck_pose": 3, "jaw_pose": 3, "eye_pose": 6}
 
 
-class Sequence(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sequence:
     """T frames: what moves, seen from where."""
 
     motion: Motion  # [T, ...]
-    camera: Camera  # [T, ...]
+    camera: Camera  # [T, ...] of the driver
+    vector: Tensor | None = None  # [T, D] what the network's attention reads; None = the FLAME motion's own vector
 
     def __len__(self) -> int:
         return self.motion.expression.shape[0]
+
+    def select(self, index: slice) -> Sequence:
+        """Some of the frames."""
+        vector = None if self.vector is None else self.vector[index]
+        return Sequence(self.motion.select(index), self.camera.select(index), vector)
 
 
 def interpolate(
@@ -35,10 +45,30 @@ def interpolate(
     Coefficients and axis-angle poses are taken as they are; for the small rotations of jaw, eyes and neck that is close to the
     shortest rotation.
     """
-    t = torch.arange(frames_between, dtype=keys.dtype) / frames_between
-    t = (t * t * (3 - 2 * t))[None, :, None]
+    t = _smoothstep(frames_between).to(keys.dtype)[None, :, None]
     path = keys[:-1, None] * (1 - t) + keys[1:, None] * t
     return torch.cat([path.flatten(0, 1), keys[-1:]])
+
+
+def _smoothstep(frames_between: int) -> Tensor:
+    t = torch.arange(frames_between) / frames_between
+    return t * t * (3 - 2 * t)
+
+
+def interpolate_camera(keys: Camera, frames_between: int) -> Camera:
+    """`interpolate` for K cameras: rotations take the shortest arc; the position is interpolated in the camera's own axes, so that
+    cameras that look at the origin from one distance go around it."""
+    count, c2w = len(keys.c2w), keys.c2w
+    rotation = c2w[:, :3, :3]
+    if count > 1:
+        times = (torch.arange(count - 1)[:, None] + _smoothstep(frames_between)).flatten()
+        times = torch.cat([times, torch.tensor([count - 1.0])])
+        turned = Slerp(np.arange(count), Rotation.from_matrix(rotation.double().numpy()))(times.double().numpy())
+        rotation = torch.from_numpy(turned.as_matrix()).to(c2w)
+    local = interpolate(torch.einsum("bji,bj->bi", c2w[:, :3, :3], c2w[:, :3, 3]), frames_between)
+    path = torch.eye(4).repeat(len(local), 1, 1)
+    path[:, :3, :3], path[:, :3, 3] = rotation, torch.einsum("bij,bj->bi", rotation, local)
+    return Camera(path, interpolate(keys.intrinsics.flatten(1), frames_between).unflatten(1, (3, 3)))
 
 
 def interpolate_motion(keys: Motion, frames_between: int) -> Motion:
@@ -46,7 +76,12 @@ def interpolate_motion(keys: Motion, frames_between: int) -> Motion:
     return Motion(*(interpolate(part, frames_between) for part in keys))
 
 
-def orbiting(frames: int, yaw_rad: float, radius: float = 4.17) -> Camera:
+def of_labels(labels: HeadLabel, frames_between: int) -> Sequence:
+    """K labels as key motions, each seen from its own camera."""
+    return Sequence(interpolate_motion(labels.motion, frames_between), interpolate_camera(labels.camera, frames_between))
+
+
+def orbiting(frames: int, yaw_rad: float, radius: float = FRONTAL_RADIUS) -> Camera:
     """A camera that swings once to +yaw, to -yaw and back, along a sine."""
     phase = torch.arange(frames) / max(1, frames - 1) * (2 * torch.pi)
     return orbit(yaw_rad * phase.sin(), torch.zeros(frames), torch.full((frames,), radius))
@@ -91,31 +126,45 @@ def built_in(
 
 
 def from_file(path: Path) -> Sequence:
-    """Read a .npz of FLAME motions: expression [T, 100], neck_pose [T, 3], jaw_pose [T, 3], eye_pose [T, 6]; optional camera [T, 25].
+    """Read FLAME motions, a frame a row, rotations in axis-angle radians.
 
-    Absent poses are zero; without a camera it is the frontal one. Raises DataError naming the file, the key and the shape expected.
+    .npz: expression [T, 100], neck_pose [T, 3], jaw_pose [T, 3], eye_pose [T, 6] (left, right); optional camera [T, 25]. Absent poses are
+    zero; without a camera it is the frontal one. .npy: [T, 112], the label's order: expression | neck | jaw | eyes.
+    Raises DataError naming the file, the key and the shape expected.
     """
-    arguments = ", ".join(f"{name}=[T, {size}]" for name, size in _FILE_KEYS.items())
-    remedy = f"write it with numpy.savez(path, {arguments}), optionally camera=[T, 25]"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except OSError as error:
-        raise DataError(f"{path}: could not be read: {error.strerror or error}; {remedy}") from error
-    except (ValueError, AttributeError) as error:  # no zip, or objects inside; a lone .npy has no `files`
-        raise DataError(f"{path}: expected a .npz of number arrays ({error}); {remedy}") from error
+    sizes = ", ".join(f"{name}=[T, {size}]" for name, size in _FILE_KEYS.items())
+    remedy = f"write it with numpy.savez(path, {sizes}), optionally camera=[T, 25]; or numpy.save(path, [T, {sum(_FILE_KEYS.values())}])"
+    arrays = _read_arrays(path, remedy)
     unknown = sorted(set(arrays) - set(_FILE_KEYS) - {"camera"})
     if unknown or "expression" not in arrays:
         allowed, got = ", ".join([*_FILE_KEYS, "camera"]), ", ".join(arrays) or "none"
         raise DataError(f"{path}: expected the key expression, and no other than {allowed}; got {got}; {remedy}")
     frames = len(arrays["expression"]) if arrays["expression"].ndim else 0
-    sizes = _FILE_KEYS | {"camera": 25}
     for name, array in arrays.items():
-        if array.shape != (frames, sizes[name]) or frames == 0 or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise DataError(
-                f"{path}: key {name}: expected finite numbers of shape [{frames or 'T'}, {sizes[name]}], "
-                f"got {array.dtype} {list(array.shape)}; {remedy}"
-            )
+        _check_array(array, frames, (_FILE_KEYS | {"camera": 25})[name], f"{path}: key {name}", remedy)
     tensors = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
     motion = Motion(*(tensors.get(name, torch.zeros(frames, size)) for name, size in _FILE_KEYS.items()))
     return Sequence(motion, Camera.from_label(tensors["camera"]) if "camera" in tensors else frontal(frames))
+
+
+def _read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
+    """The arrays of a .npz by name; those of a .npy split by the label's order."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.ndarray):
+            with loaded as file:
+                return {name: file[name] for name in file.files}
+    except OSError as error:
+        raise DataError(f"{path}: could not be read: {error.strerror or error}; {remedy}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:  # neither format, or objects inside
+        raise DataError(f"{path}: expected a .npz or .npy of number arrays ({error}); {remedy}") from error
+    _check_array(loaded, len(loaded) if loaded.ndim else 0, sum(_FILE_KEYS.values()), str(path), remedy)
+    ends = np.cumsum(list(_FILE_KEYS.values()))[:-1]
+    return dict(zip(_FILE_KEYS, np.split(loaded, ends, axis=1), strict=True))
+
+
+def _check_array(array: np.ndarray, frames: int, size: int, where: str, remedy: str) -> None:
+    if array.shape != (frames, size) or frames == 0 or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise DataError(
+            f"{where}: expected finite numbers of shape [{frames or 'T'}, {size}], got {array.dtype} {list(array.shape)}; {remedy}"
+        )

@@ -198,7 +198,7 @@ def loss_terms(config: ReconstructorRun, model: Reconstructor, batch: Batch, ima
     smoothness = config.losses.smoothness
     if smoothness.weight > 0 and (images_seen // config.batches.size) % smoothness.every == 0:
         side, device = config.model.sampling.box_side, planes.device
-        terms["smoothness"] = smoothness_loss(smoothness, lambda points: model.raw_density(planes, points), len(batch), side, draws, device)
+        terms["smoothness"] = smoothness_loss(smoothness, lambda points: model.field(planes, points)[1], len(batch), side, draws, device)
     return terms
 
 

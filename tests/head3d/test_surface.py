@@ -68,7 +68,7 @@ def test_the_field_is_asked_in_chunks(monkeypatch):
 @pytest.mark.parametrize("raw", [0.0, float("nan")])
 def test_a_field_without_surface_is_an_error_with_the_densities_found(raw):
     empty = SurfaceConfig(resolution=8, threshold=7.0)
-    with pytest.raises(DataError, match=r"above the threshold, 7 per scene unit.*found .* to .*--mesh.threshold"):
+    with pytest.raises(DataError, match=r"above the threshold, 7 per scene unit.*found .* to .*`threshold`"):
         extract_surface(lambda points: (points, torch.full((len(points),), raw)), empty)
 
 
