@@ -28,7 +28,8 @@ NETWORK = "G_ema"  # the averaged generator of a published pickle
 REMEDY = "use a published GenHead .pkl as downloaded, or a .pt or .safetensors file with its tensors by name"
 _NEEDS = "a published network needs only torch's modules and tensors, numpy arrays and torch_utils.persistence's objects"
 _MOST_MODULES = 10_000  # a module may hold itself
-_MOST_ELEMENTS = 10**7  # of a tensor with fewer in memory
+_MOST_REPEATED = 10**7  # elements that all tensors together may have beyond those in the file: some repeat a row by a stride of zero
+_MOST_TENSORS, _LONGEST_NAME = 10_000, 1_000  # of a network, characters
 _TORCH_MODULES = {
     "container": ("Sequential", "ModuleList", "ModuleDict", "ParameterList"),
     "activation": ("Softplus", "Sigmoid", "Tanh", "ReLU", "LeakyReLU", "Softmax"),
@@ -96,7 +97,10 @@ class _Module(Inert):
 
 
 class _Settings(dict):
-    """dnnlib.util.EasyDict."""
+    """dnnlib.util.EasyDict and OrderedDict: made empty and filled, never a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def __setstate__(self, state: object) -> None:
         raise pickle.UnpicklingError("a state for a dictionary of settings")
@@ -109,18 +113,6 @@ def _persistent_module(meta: object) -> _Module:
     module = _Module()
     module.__setstate__(meta["state"])
     return module
-
-
-def _tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> Tensor:
-    """torch._utils._rebuild_tensor(_v2), within its storage."""
-    numbers = [offset, *size, *stride] if isinstance(size, tuple) and isinstance(stride, tuple) else [None]
-    if not isinstance(storage, Tensor) or any(type(number) is not int or number < 0 for number in numbers) or len(size) != len(stride):
-        raise pickle.UnpicklingError("a tensor whose storage, offset, size or stride is of the wrong kind")
-    count = math.prod(size)
-    last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
-    if count and (last >= len(storage) or count > max(len(storage), _MOST_ELEMENTS)):
-        raise pickle.UnpicklingError(f"a tensor of size {size} and stride {stride} at {offset} in a storage of {len(storage)}")
-    return torch.as_strided(storage, size, stride, offset).clone()
 
 
 def _parameter(data: object, *_: object) -> Tensor:
@@ -145,14 +137,32 @@ def _size(sides: object = ()) -> tuple:
 def _names(path: Path) -> Names:
     """All that a published pickle may name; `path` is for the messages of the streams inside."""
 
+    elements = _MOST_REPEATED  # that tensors may have from here on
+
     def storage(data: object) -> Tensor:
         """torch.storage._load_from_bytes: its elements as a flat tensor."""
+        nonlocal elements
         if not isinstance(data, bytes):
             raise pickle.UnpicklingError(f"a storage made of a {type(data).__name__}")
         content = read_torch(io.BytesIO(data), path, _NEEDS, REMEDY)
         if not isinstance(content, torch.storage.TypedStorage):
             raise pickle.UnpicklingError(f"a storage that is a {type(content).__name__}")
-        return torch.empty(0, dtype=content.dtype).set_(content._untyped_storage)
+        flat = torch.empty(0, dtype=content.dtype).set_(content._untyped_storage)
+        elements += flat.numel()
+        return flat
+
+    def tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> Tensor:
+        """torch._utils._rebuild_tensor(_v2): a view of its storage, and within it."""
+        nonlocal elements
+        numbers = [offset, *size, *stride] if isinstance(size, tuple) and isinstance(stride, tuple) else [None]
+        if not isinstance(storage, Tensor) or any(type(number) is not int or number < 0 for number in numbers) or len(size) != len(stride):
+            raise pickle.UnpicklingError("a tensor whose storage, offset, size or stride is of the wrong kind")
+        count = math.prod(size)
+        last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
+        elements -= count
+        if count and (last >= storage.numel() or elements < 0):
+            raise pickle.UnpicklingError(f"a tensor of size {size} and stride {stride} at {offset} in a storage of {storage.numel()}")
+        return torch.as_strided(storage, size, stride, offset)
 
     formats = ("float16", "float32", "float64", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
     return (
@@ -162,9 +172,9 @@ def _names(path: Path) -> Names:
         | {
             ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_module,
             ("dnnlib.util", "EasyDict"): _Settings,
-            ("collections", "OrderedDict"): dict,
-            ("torch._utils", "_rebuild_tensor"): _tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("collections", "OrderedDict"): _Settings,
+            ("torch._utils", "_rebuild_tensor"): tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): tensor,
             ("torch._utils", "_rebuild_parameter"): _parameter,
             ("torch.storage", "_load_from_bytes"): storage,
             ("torch", "Size"): _size,
@@ -185,7 +195,7 @@ def _module_state(module: object, path: Path) -> dict[str, Tensor]:
 
 
 def _entries(generator: object) -> Iterator[tuple[str, Tensor]]:
-    waiting, visited = [("", generator)], 0
+    waiting, visited, found = [("", generator)], 0, 0
     while waiting:
         prefix, module = waiting.pop()
         visited += 1
@@ -193,6 +203,10 @@ def _entries(generator: object) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{prefix or NETWORK}: expected a module, got a {type(module).__name__} as number {visited}")
         parameters, buffers, modules = (_group(module, name, prefix or NETWORK) for name in ("_parameters", "_buffers", "_modules"))
         passing = module.state.get("_non_persistent_buffers_set", ())
+        longest = max(map(len, (*parameters, *buffers, *modules)), default=0)
+        found += len(parameters) + len(buffers)
+        if len(prefix) + longest > _LONGEST_NAME or found > _MOST_TENSORS:
+            raise ValueError(f"more than {_MOST_TENSORS} tensors, or names of more than {_LONGEST_NAME} characters")
         for name, value in [*parameters.items(), *((name, value) for name, value in buffers.items() if name not in passing)]:
             if not isinstance(value, Tensor):
                 raise ValueError(f"{prefix}{name}: expected a tensor, got a {type(value).__name__}")

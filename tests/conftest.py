@@ -114,6 +114,20 @@ def tiny_genhead() -> Callable[[int], GenHeadConfig]:
 
 
 @pytest.fixture
+def hostile() -> Callable[..., object]:
+    """`hostile(function, *arguments)`: an object whose pickle asks to call the function."""
+
+    class Hostile:
+        def __init__(self, *call: object) -> None:
+            self.call = call[0], call[1:]
+
+        def __reduce__(self) -> tuple:
+            return self.call
+
+    return Hostile
+
+
+@pytest.fixture
 def two_processes() -> Callable[[Sequence[str]], list[str]]:
     """`two_processes(arguments)`: run Python with `arguments` as the two processes of a group; what each printed, if both end well.
 

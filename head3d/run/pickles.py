@@ -2,16 +2,21 @@
 
 numpy's own classes are not handed out: a file could make an array of object pointers over bytes of its choice, or change a
 number format after an array was made with it. Arrays, number formats and scalars are stand-ins that give up plain numbers only.
+
+A small file must not fill the memory either: it may number its objects only as far as it has operations, what its calls are given is
+rationed by its own size, and messages never spell out a value of the file, which may hold itself a billion times.
 """
 
 from __future__ import annotations
 
 import codecs
+import io
 import math
 import pickle
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +31,19 @@ from head3d.run.errors import AssetError
 DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 _NUMBERS = re.compile("b1|[iu][1248]|f[248]")
 
+_RATION = (
+    4  # times the file's size: what calls may be given in all; a byte string of protocol 2 passes two, and its text may be half as long
+)
+_RATION_LEAST = 1 << 20  # bytes, of a small file
+
 Names = Mapping[tuple[str, str], Any]  # (module, name) in the file -> what it is here: an inert class, a function or a value
+
+
+def brief(value: object) -> str:
+    """A value of the file for a message: short text and numbers as they are, of everything else the kind."""
+    if isinstance(value, str | bytes):
+        return repr(value[:60])
+    return repr(value) if value is None or isinstance(value, bool | float) else f"a {getattr(value, '__name__', type(value).__name__)}"
 
 
 class Inert:
@@ -54,12 +71,12 @@ class _NumberFormat(Inert):
 
     def __setstate__(self, state: object) -> None:
         if not (isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", ">", "=", "|")):
-            raise pickle.UnpicklingError(f"state of a number format is {state!r:.80}")
+            raise pickle.UnpicklingError(f"state of a number format is {brief(state)}")
         self.order = state[1]
 
     def dtype(self) -> np.dtype:
         if not (isinstance(self.code, str) and _NUMBERS.fullmatch(self.code)):
-            raise ValueError(f"an array of format {self.code!r:.80}, expected plain numbers")
+            raise ValueError(f"an array of format {brief(self.code)}, expected plain numbers")
         return np.dtype(self.code).newbyteorder(self.order)
 
 
@@ -81,7 +98,7 @@ class _Array(Inert):
         dtype = number_format.dtype()
         data = encode_latin1(data) if isinstance(data, str) else data
         if not isinstance(data, bytes) or len(data) != math.prod(int(size) for size in shape) * dtype.itemsize:
-            raise ValueError(f"an array of shape {shape!r:.80} and format {dtype} with another number of bytes")
+            raise ValueError(f"an array of {len(shape)} dimensions and format {dtype} with another number of bytes than its shape says")
         array = np.frombuffer(data, dtype).reshape(shape, order="F" if by_column else "C")
         return array.astype(dtype.newbyteorder("="))
 
@@ -94,7 +111,7 @@ def to_array(value: object) -> np.ndarray:
 def _empty_array(kind: object, shape: object, typecode: object) -> _Array:
     """numpy's _reconstruct, for plain arrays only; their contents arrive as state."""
     if kind is not _Array or shape != (0,):
-        raise pickle.UnpicklingError(f"array reconstruction of {kind!r} with shape {shape!r}")
+        raise pickle.UnpicklingError(f"array reconstruction of {brief(kind)} with shape {brief(shape)}")
     return _Array()
 
 
@@ -102,7 +119,7 @@ def _scalar(number_format: object, data: object = b"") -> int | float | bool:
     """numpy.core.multiarray.scalar as a Python number."""
     data = encode_latin1(data) if isinstance(data, str) else data
     if not isinstance(number_format, _NumberFormat) or not isinstance(data, bytes):
-        raise pickle.UnpicklingError(f"a numpy scalar of {number_format!r:.80}")
+        raise pickle.UnpicklingError(f"a numpy scalar of {brief(number_format)}")
     (value,) = np.frombuffer(data, number_format.dtype())
     return value.item()
 
@@ -110,7 +127,7 @@ def _scalar(number_format: object, data: object = b"") -> int | float | bool:
 def encode_latin1(text: object, encoding: object = "latin1") -> bytes:
     """_codecs.encode as protocol 2 uses it for byte strings."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"encoding {encoding!r} of a {type(text).__name__}")
+        raise pickle.UnpicklingError(f"encoding {brief(encoding)} of {brief(text)}")
     return codecs.latin_1_encode(text)[0]
 
 
@@ -119,10 +136,17 @@ def _no_bytes() -> bytes:
     return b""
 
 
+def _set(items: object = ()) -> set:
+    """set(list), as protocol 2 writes it."""
+    if not isinstance(items, list | tuple):
+        raise pickle.UnpicklingError(f"a set of {brief(items)}")
+    return set(items)
+
+
 def _reconstructor(kind: object, base: object, state: object) -> Inert:
     """copy_reg._reconstructor, for the inert classes only."""
     if not (isinstance(kind, type) and issubclass(kind, Inert)) or base is not object or state is not None:
-        raise pickle.UnpicklingError(f"reconstruction of {kind!r}")
+        raise pickle.UnpicklingError(f"reconstruction of {brief(kind)}")
     return kind()
 
 
@@ -137,7 +161,7 @@ def plain_names() -> dict[tuple[str, str], Any]:
         names[module, "_reconstruct"] = _empty_array
         names[module, "scalar"] = _scalar
     for module in ("__builtin__", "builtins"):
-        names[module, "set"] = set
+        names[module, "set"] = _set
         names[module, "object"] = object
         names[module, "bytes"] = _no_bytes
     for module in ("copy_reg", "copyreg"):
@@ -146,14 +170,15 @@ def plain_names() -> dict[tuple[str, str], Any]:
 
 
 class _Function:
-    """A function handed to the file: it can be called, but not changed through a state."""
+    """A function handed to the file: it can be called as far as its ration goes, but not changed through a state."""
 
-    __slots__ = ("_function",)
+    __slots__ = ("_function", "_take")
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Any], take: Callable[[int], None]) -> None:
+        self._function, self._take = function, take
 
     def __call__(self, *arguments: object) -> Any:
+        self._take(sum(len(argument) for argument in arguments if isinstance(argument, str | bytes | list | tuple | dict)))
         return self._function(*arguments)
 
     def __setstate__(self, state: object) -> None:
@@ -164,6 +189,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def __init__(self, file: BinaryIO, path: Path, names: Names, needs: str, remedy: str) -> None:
         super().__init__(file, fix_imports=False, encoding="latin1")
         self._path, self._names, self._needs, self._remedy = path, names, needs, remedy
+        self._ration = max(_RATION * path.stat().st_size, _RATION_LEAST)
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -173,10 +199,16 @@ class _RestrictedUnpickler(pickle.Unpickler):
                 f"{self._path}: refused to load: the pickle asks for {module}.{name}, but {self._needs}; nothing of it was run. "
                 f"Do not use this file; {self._remedy}"
             ) from None
-        return _Function(value) if callable(value) and not isinstance(value, type) else value
+        return _Function(value, self._take) if callable(value) and not isinstance(value, type) else value
+
+    def _take(self, size: int) -> None:
+        """Raise UnpicklingError once the file's calls have been given more than a file of this size needs."""
+        self._ration -= size
+        if self._ration < 0:
+            raise pickle.UnpicklingError(f"calls that copy more than {_RATION} times the file")
 
     def persistent_load(self, pid: object) -> Any:
-        raise AssetError(f"{self._path}: refused to load: the pickle refers to an external object {pid!r}; {self._remedy}")
+        raise AssetError(f"{self._path}: refused to load: the pickle refers to an external object, {brief(pid)}; {self._remedy}")
 
 
 def _check_memo(file: BinaryIO) -> None:
@@ -202,15 +234,33 @@ def read_pickle(path: Path, names: Names, needs: str, remedy: str) -> Any:
         raise AssetError(f"{path}: not a readable pickle ({type(error).__name__}: {error}); download the file again") from error
 
 
+def _check_records(file: BinaryIO, path: Path, remedy: str) -> None:
+    """Raise AssetError if `file` is a zip whose records are packed or lie over one another: a megabyte could hold gigabytes of zeros."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as records:
+            entries = records.infolist()
+        packed = [
+            entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size
+        ]
+        size = file.seek(0, io.SEEK_END)
+        if packed or sum(entry.file_size for entry in entries) > size:
+            found = f"{brief(packed[0])} is packed" if packed else "they are longer than the file"
+            raise AssetError(f"{path}: refused to load: expected records stored as torch.save writes them, but {found}; {remedy}")
+    file.seek(0)
+
+
 def read_torch(file: BinaryIO, path: Path, needs: str, remedy: str) -> Any:
     """torch.load of tensors and nothing else, on the CPU. Raises AssetError that names `path` and the refused global, or the damage.
 
     `needs` and `remedy` as for `read_pickle`.
     """
     try:
+        _check_records(file, path, remedy)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's notes on old formats
             return torch.load(file, map_location="cpu", weights_only=True)
+    except AssetError:
+        raise
     except Exception as error:  # whatever torch trips over in a damaged stream
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:

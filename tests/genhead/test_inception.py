@@ -146,16 +146,8 @@ def test_a_wrong_file_is_told_which_tensors_do_not_fit(tmp_path, content, messag
     assert str(caught.value).startswith(str(tmp_path / "weights.pth"))
 
 
-class _Hostile:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def test_files_that_are_none_and_files_that_would_run_something_are_refused(tmp_path):
-    torch.save({"fc.bias": _Hostile(f"touch {tmp_path}/ran")}, tmp_path / "hostile.pth")
+def test_files_that_are_none_and_files_that_would_run_something_are_refused(tmp_path, hostile):
+    torch.save({"fc.bias": hostile(os.system, f"touch {tmp_path}/ran")}, tmp_path / "hostile.pth")
     with pytest.raises(AssetError, match=r"hostile\.pth: refused to load: .*asks for posix\.system"):
         read_inception(tmp_path / "hostile.pth")
     assert not (tmp_path / "ran").exists()
