@@ -310,7 +310,7 @@ def _check_rendering(storage: Storage, config: VerifyRun, plan: Plan, check: Che
         sample = sidecars["frames"]["samples"][index]
         recipe = draw_identity(plan.recipe, plan.seed, sample["identity"])
         with reproducible():
-            renderer = IdentityRenderer(genhead, recipe)
+            renderer = IdentityRenderer(genhead, recipe, plan.render.precision)
             frame, shared = render_frame(renderer, plan.render, sample["motion"]), render_shared(renderer, plan.render)
         check.checked += 1
         stored, made = {}, {}

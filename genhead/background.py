@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from head3d.networks.stylegan2 import Mapping, Synthesis
+from head3d.networks.stylegan2 import Mapping, Precision, Synthesis
 from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -42,6 +42,6 @@ class BackgroundGenerator(nn.Module):
         )
         self.mapping = Mapping(config.z_dim, 0, config.w_dim, self.synthesis.num_ws, config.mapping_layers)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, precision: Precision = "float32") -> Tensor:
         """z [B, z_dim] -> features [B, channels, resolution, resolution] in [0, 1]; the first three are the colours."""
-        return self.synthesis(self.mapping(z)).sigmoid()
+        return self.synthesis(self.mapping(z), precision=precision).sigmoid()

@@ -13,6 +13,7 @@ paper's text blends two rendered feature maps.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from head3d.cameras import Camera, camera_rays, ray_bounds
 from head3d.deformation import Deformation, DeformationConfig, PosedHead
 from head3d.head_model import HeadModel, load_head_model
 from head3d.labels import SHAPE_SIZE, Motion
-from head3d.networks.stylegan2 import Mapping, Synthesis
+from head3d.networks.stylegan2 import Mapping, Precision, Synthesis
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
 from head3d.rasterize import Backend, part_masks
 from head3d.rendering import HeadImages, RaySampling, compose_pictures, render_rays
@@ -114,14 +115,14 @@ class GenHead(nn.Module):
         condition = torch.cat([condition_camera, shape], dim=1)
         return self.mapping(z, condition, truncation_psi=truncation_psi)
 
-    def planes(self, ws: Tensor, noise: str = "constant", generator: Draws | None = None) -> Tensor:
+    def planes(self, ws: Tensor, noise: str = "constant", generator: Draws | None = None, precision: Precision = "float32") -> Tensor:
         """Styles -> planes [B, 2, 3, C, P, P]: [:, 0] part planes (eyes, mouth), [:, 1] head planes."""
-        planes = self.backbone(ws, noise=noise, generator=generator)
+        planes = self.backbone(ws, noise, generator, precision)
         return planes.reshape(planes.shape[0], 2, 3, self.config.plane_channels, *planes.shape[2:])
 
-    def background(self, z: Tensor) -> Tensor:
+    def background(self, z: Tensor, precision: Precision = "float32") -> Tensor:
         """z [B, z_dim] -> background features [B, C, b, b] in [0, 1]; the same z drives head and background."""
-        return self.background_network(z)
+        return self.background_network(z, precision)
 
     def pose(self, shape: Tensor, motion: Motion) -> PosedHead:
         """Meshes and tables of one shape [B, 300] in one motion; no gradient."""
@@ -136,6 +137,7 @@ class GenHead(nn.Module):
         *,
         generator: Draws | None = None,  # of the batch or of each entry; None renders deterministically
         resolution: int | None = None,  # rays per side; None = config.render_resolution
+        precision: Precision = "float32",  # of super-resolution; rays are always float32
     ) -> GenHeadOutput:
         """Render one picture per batch entry."""
         config, side = self.config, resolution or self.config.render_resolution
@@ -155,7 +157,7 @@ class GenHead(nn.Module):
             fuse_mouth=side > 64,
         )
         rendered = render_rays(field, origins, directions, near, far, config.sampling, generator)
-        images = compose_pictures(rendered, background, side, self.superresolution)
+        images = compose_pictures(rendered, background, side, functools.partial(self.superresolution, precision=precision))
         images = dataclasses.replace(images, eye_mask=masks.eye, mouth_mask=masks.mouth, head_mask=masks.head)
         return GenHeadOutput(images, tuple(field.passes), field)
 

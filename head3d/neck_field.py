@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from head3d.nearest import VertexIndex
+
 TRUST_RADIUS_SQUARED = 3e-3  # within about 0.055 scene units of the surface the fine grid alone counts
 TRUST_FALLOFF = 1000.0  # weight exp(-falloff (d^2 - radius^2)) beyond
 PUBLISHED_MIN_AREA = 5e-3  # smaller triangles lose their inside and are measured to their edges (published quirk)
@@ -89,7 +91,7 @@ def cell_centres(cells: int, box_side: float, like: Tensor) -> Tensor:
 
 def _fine_grid(centres: Tensor, target: Tensor, reference: Tensor, faces: Tensor, published: bool) -> Tensor:
     """[4, G^3]; cells whose weight vanishes get a zero offset and the distance to the nearest vertex."""
-    to_vertex = torch.cdist(centres, target, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    to_vertex = _distance_to_vertices(centres, target)
     triangles = target[faces]
     longest = (triangles - triangles.roll(1, dims=1)).norm(dim=-1).max()
     near = to_vertex - longest < SKIP_DISTANCE
@@ -129,21 +131,27 @@ def nearest_triangle(points: Tensor, triangles: Tensor, min_area: float = 0.0) -
     """Nearest of triangles [f, 3, 3] for points [P, 3], exact; ties go to the lower face id. Triangles smaller than `min_area`
     (scene units squared) are measured to their edges only.
 
-    A triangle with centroid c and circumradius r about it lies between |p - c| - r and |p - c| + r from p, so only those whose lower
-    bound does not exceed the least upper bound are measured: a few dozen of 1394 near the surface.
+    A triangle with centroid c and circumradius r about it is at least |p - c| - r from p, so only those are measured for which that does
+    not exceed the distance to the nearest corner: a dozen or two of 1394 near the surface.
     """
+    bound = _distance_to_vertices(points, triangles.flatten(0, 1))[:, None] + 1e-6  # rounding
     centroids = triangles.mean(1)
     radii = (triangles - centroids[:, None]).norm(dim=-1).amax(1)
     keys = torch.full((len(points),), torch.iinfo(torch.int64).max, dtype=torch.int64, device=points.device)
     step = max(1, (PAIRS_PER_CHUNK_CUDA if points.device.type == "cuda" else PAIRS_PER_CHUNK_CPU) // len(triangles))
     for start in range(0, len(points), step):
         away = torch.cdist(points[start : start + step], centroids, compute_mode="donot_use_mm_for_euclid_dist")
-        bound = (away + radii).amin(1, keepdim=True) + 1e-6  # rounding
-        point, face = (away - radii <= bound).nonzero(as_tuple=True)
+        point, face = (away - radii <= bound[start : start + step]).nonzero(as_tuple=True)
         distance = _pairs(points[start + point], triangles[face], min_area)[0]
         keys.scatter_reduce_(0, start + point, (distance.contiguous().view(torch.int32).long() << 32) | face, "amin")
     face = keys & 0xFFFFFFFF
     return Nearest(face, *_pairs(points, triangles[face], min_area))
+
+
+def _distance_to_vertices(points: Tensor, vertices: Tensor) -> Tensor:
+    """Distance [P] of points [P, 3] to the nearest of vertices [n, 3]."""
+    nearest = VertexIndex(vertices[None]).query(points[None])[0]
+    return (points - vertices[nearest]).norm(dim=-1)
 
 
 def _pairs(points: Tensor, triangles: Tensor, min_area: float) -> tuple[Tensor, Tensor, Tensor]:

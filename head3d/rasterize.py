@@ -151,8 +151,10 @@ def _nearest_faces(corners: Tensor, resolution: int, cull_backfaces: bool, pairs
     extent = (high - low + 1).clamp(min=0)
     counts = extent[..., 0] * extent[..., 1] * _drawable(corners, cull_backfaces)
     image, face = counts.nonzero(as_tuple=True)
-    counts, low, width = counts[image, face], low[image, face], extent[image, face, 0]
+    counts = counts[image, face]
     ends = counts.cumsum(0)
+    boxes = torch.stack([low[image, face, 0], low[image, face, 1], extent[image, face, 0], ends - counts], dim=1)  # corner, width, first pair
+    rows = corners[image, face].flatten(1)  # [n, 9]; boxes and corners are read by whole rows below
     nothing = torch.iinfo(torch.int64).max
     keys = torch.full((batch * resolution * resolution,), nothing, dtype=torch.int64, device=device)
 
@@ -161,16 +163,14 @@ def _nearest_faces(corners: Tensor, resolution: int, cull_backfaces: bool, pairs
     marks = torch.arange(pairs_per_chunk, total + pairs_per_chunk, pairs_per_chunk, device=device).clamp(max=total)
     stops = torch.searchsorted(ends, marks).add(1).clamp(max=ends.numel()).unique().tolist() if total else []
     for start, stop in itertools.pairwise([0, *stops]):
-        chunk = slice(start, stop)
-        pairs = counts[chunk]
-        owner = torch.repeat_interleave(torch.arange(start, stop, device=device), pairs)
-        first = ends[chunk] - pairs
-        offset = torch.arange(owner.numel(), device=device) + first[0] - first[owner - start]
-        x = low[owner, 0] + offset % width[owner]
-        y = low[owner, 1] + torch.div(offset, width[owner], rounding_mode="floor")
-        face_corners = corners[image[owner], face[owner]]
+        owner = torch.repeat_interleave(torch.arange(start, stop, device=device), counts[start:stop])
+        left, top, width, first = boxes.index_select(0, owner).unbind(1)
+        offset = torch.arange(owner.numel(), device=device) + boxes[start, 3] - first
+        row = torch.div(offset, width, rounding_mode="floor")
+        x, y = left + offset - row * width, top + row
+        face_corners = rows.index_select(0, owner).unflatten(1, (3, 3))
         weights = _edge_weights(face_corners, x + 0.5, y + 0.5)
-        hit = (weights >= 0).all(-1).nonzero()[:, 0]
+        hit = (weights.amin(-1) >= 0).nonzero()[:, 0]
         depth = 1.0 / (weights[hit] / face_corners[hit, :, 2]).sum(-1)
         owner = owner[hit]
         key = (depth.contiguous().view(torch.int32).long() << 32) | face[owner]

@@ -119,7 +119,8 @@ class Truths:
 
     def _render(self, identity: int, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self._renderer is None or self._renderer.recipe.identity != identity:
-            self._renderer = IdentityRenderer(self._genhead, draw_identity(self._plan.recipe, self._plan.seed, identity))
+            recipe = draw_identity(self._plan.recipe, self._plan.seed, identity)
+            self._renderer = IdentityRenderer(self._genhead, recipe, self._plan.render.precision)
         target = unpack_label(label[None])
         images = self._renderer.render(self._renderer.pose(target.motion), target.camera.label()).images
         return images.image[0].cpu(), images.depth[0].cpu(), images.opacity[0].cpu()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from genhead.generator import load_genhead
+from genhead.parity import psnr_db
 from genhead.train import GenHeadRun
 from head3d.cameras import frontal
 from head3d.labels import Motion
@@ -43,3 +44,18 @@ def test_it_draws_an_opaque_head_whose_mouth_darkens_when_the_jaw_opens():
     assert closed.opacity[:, :, middle, middle].min() > 0.9 and closed.opacity[:, :, :4, :4].mean() < 0.5
     mouth = opened.mouth_mask > 0.5
     assert mouth.any() and (opened.raw - closed.raw).abs().mean(1, keepdim=True)[mouth].mean() > 0.1
+
+
+def test_bfloat16_gives_the_same_pictures_depth_and_opacity():
+    genhead = load_genhead(FOLDER)
+    z, shape, camera = torch.randn(4, genhead.config.z_dim, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 300), frontal(4)
+    with torch.no_grad():
+        ws, posed = genhead.map(z, camera.label(), shape, 0.7), genhead.pose(shape, Motion.neutral(4))
+        exact, rounded = (
+            genhead.render(genhead.planes(ws, precision=p), genhead.background(z, p), posed, camera, precision=p).images
+            for p in ("float32", "bfloat16")
+        )
+    assert 45 < psnr_db(rounded.image, exact.image, 2.0) < 70  # 70: the setting does something
+    assert psnr_db(rounded.opacity, exact.opacity, 1.0) > 45
+    seen = exact.opacity > 0.5
+    assert psnr_db(rounded.depth[seen], exact.depth[seen], 1.3) > 45

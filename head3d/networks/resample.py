@@ -39,13 +39,15 @@ class _Depthwise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, x: Tensor, kernel: Tensor, stride: int, padding: int, transposed: bool, extra: tuple[int, int]) -> Tensor:
+    def forward(
+        context, x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int, transposed: bool, extra: tuple[int, int]
+    ) -> Tensor:
         context.save_for_backward(kernel)
         context.arguments = stride, padding, transposed
         context.size = x.shape[-2:]
         if transposed:
-            return functional.conv_transpose2d(x, kernel, stride=stride, padding=padding, output_padding=extra, groups=x.shape[1])
-        return functional.conv2d(x, kernel, stride=stride, padding=padding, groups=x.shape[1])
+            return functional.conv_transpose2d(x, kernel, bias, stride, padding, output_padding=extra, groups=x.shape[1])
+        return functional.conv2d(x, kernel, bias, stride, padding, groups=x.shape[1])
 
     @staticmethod
     def backward(context, gradient: Tensor):
@@ -54,8 +56,9 @@ class _Depthwise(torch.autograd.Function):
         # rows and columns at the far border that the strided filter never read, which its adjoint must return as zeros
         extra = tuple((size + 2 * padding - taps) % stride for size, taps in zip(context.size, kernel.shape[-2:], strict=True))
         kernel = kernel.to(gradient.dtype)  # differs under autocast
-        gradient = _Depthwise.apply(gradient, kernel, stride, padding, not transposed, (0, 0) if transposed else extra)
-        return gradient, None, None, None, None, None
+        of_bias = gradient.sum((0, 2, 3)) if context.needs_input_grad[2] else None
+        gradient = _Depthwise.apply(gradient, kernel, None, stride, padding, not transposed, (0, 0) if transposed else extra)
+        return gradient, None, of_bias, None, None, None, None
 
 
 def blur(x: Tensor, padding: Padding = (2, 1), stride: int = 1, gain: float = 1.0, bias: Tensor | None = None) -> Tensor:
@@ -68,14 +71,13 @@ def blur(x: Tensor, padding: Padding = (2, 1), stride: int = 1, gain: float = 1.
     kernel = _depthwise_filter(x.shape[1], gain, x.dtype, x.device)
     if before != after:
         x, before = functional.pad(x, (before, after, before, after)), 0
-    y = _Depthwise.apply(x, kernel, stride, before, False, (0, 0))
-    return y if bias is None else y + bias[:, None, None]
+    return _Depthwise.apply(x, kernel, bias, stride, before, False, (0, 0))
 
 
 def upsample2(x: Tensor) -> Tensor:
     """Double the size of x [B, C, H, W] -> [B, C, 2H, 2W]; bilinear weights (1/4, 3/4), zeros beyond the border."""
     kernel = _depthwise_filter(x.shape[1], 4.0, x.dtype, x.device)
-    return _Depthwise.apply(x, kernel, 2, 1, True, (0, 0))
+    return _Depthwise.apply(x, kernel, None, 2, 1, True, (0, 0))
 
 
 def downsample2(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from head3d.run.seeding import Draws, normal
 
 Activation = Literal["linear", "leaky_relu"]
 Noise = Literal["constant", "random", "none"]
+Precision = Literal["float32", "bfloat16"]  # float32: every block as it is configured; bfloat16: the features of all, on any device
 SLOPE = 0.2
 LEAKY_RELU_GAIN = math.sqrt(2.0)  # keeps the second moment of a normal input
 
@@ -44,7 +45,9 @@ def activate(x: Tensor, activation: Activation, clamp: float | None = None) -> T
     """Bend x, which already carries the activation's gain and is overwritten, then limit it to +-clamp."""
     if activation == "leaky_relu":
         x = functional.leaky_relu_(x, SLOPE)
-    return x if clamp is None else x.clamp(-clamp, clamp)
+    if clamp is None:
+        return x
+    return x.clamp(-clamp, clamp) if x.requires_grad else x.clamp_(-clamp, clamp)
 
 
 class FullyConnected(nn.Module):
@@ -260,7 +263,7 @@ class SynthesisBlock(nn.Module):
     """One resolution of the skip generator: (upsampling) convolution, convolution, and an addition to the upsampled image.
 
     `in_channels` 0 makes the first block: a learned constant replaces the input and the upsampling convolution. half_precision
-    computes the features in float16, on CUDA only; the image is always float32.
+    computes the features in float16, on CUDA only; precision "bfloat16" goes before it; the image is always float32.
     """
 
     def __init__(
@@ -289,13 +292,14 @@ class SynthesisBlock(nn.Module):
         ws: Tensor,  # [B or 1, n_convs + 1, w_dim]: the convolutions' and, last, to_image's
         noise: Noise = "constant",
         generator: Draws | None = None,
+        precision: Precision = "float32",
     ) -> tuple[Tensor, Tensor]:
         """Return features [B, out_channels, H, W] and image [B, channels_out, H, W]."""
         w = iter(ws.unbind(dim=1))
         if self.const is not None:
             x = self.const[None]
         assert x is not None
-        x = image_layout(x.to(feature_type(self.half_precision, x.device)))
+        x = image_layout(x.to(torch.bfloat16 if precision == "bfloat16" else feature_type(self.half_precision, x.device)))
         if self.conv0 is not None:
             x = self.conv0(x, next(w), noise, generator)
         x = self.conv1(x, next(w), noise, generator)
@@ -350,6 +354,7 @@ class Synthesis(nn.Module):
         ws: Tensor,  # [B, num_ws, w_dim]
         noise: Noise = "constant",
         generator: Draws | None = None,  # for noise 'random'
+        precision: Precision = "float32",
     ) -> Tensor:
         """Return the image [B, channels_out, resolution, resolution], float32, unbounded.
 
@@ -359,7 +364,7 @@ class Synthesis(nn.Module):
         x = image = None
         first = 0
         for block in self.blocks.values():
-            x, image = block(x, image, ws[:, first : first + block.n_convs + 1].float(), noise, generator)
+            x, image = block(x, image, ws[:, first : first + block.n_convs + 1].float(), noise, generator, precision)
             first += block.n_convs
         assert image is not None
         return image

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from head3d.networks.resample import resize_antialias
-from head3d.networks.stylegan2 import SynthesisBlock
+from head3d.networks.stylegan2 import Precision, SynthesisBlock
 from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt
 from head3d.run.errors import ConfigError
 
@@ -64,6 +65,7 @@ class SuperResolution(nn.Module):
         raw: Tensor,  # [B, 3, R, R] in [-1, 1]
         features: Tensor,  # [B, C, R, R] in [-1, 1]
         ws: Tensor | None = None,  # [B or 1, w_dim] or [B or 1, n, w_dim]; used with style 'given' only
+        precision: Precision = "float32",
     ) -> Tensor:
         """Return the image [B, 3, output_resolution, output_resolution], in about [-1, 1], not limited."""
         match self.config.style:
@@ -74,9 +76,16 @@ class SuperResolution(nn.Module):
                 w = ws if ws.ndim == 2 else ws[:, -1]
             case _:
                 raise ValueError(f"style: expected 'ones' or 'given', got {self.config.style!r}")
+        if raw.device.type == "cpu" and not torch.is_grad_enabled():  # one picture at a time takes as long and a fraction of the memory
+            rows = zip(raw.split(1), features.split(1), w.split(1) if len(w) > 1 else itertools.repeat(w), strict=False)
+            return torch.cat([self._paint(*row, precision) for row in rows])
+        return self._paint(raw, features, w, precision)
+
+    def _paint(self, raw: Tensor, features: Tensor, w: Tensor, precision: Precision) -> Tensor:
+        """The image of raw image, features and styles w [B or 1, w_dim]."""
         styles = w[:, None].expand(-1, 3, -1)
         image = resize_antialias(raw.float(), self.config.input_resolution)
         x = resize_antialias(features.float(), self.config.input_resolution)
         for block in self.blocks:
-            x, image = block(x, image, styles, noise="none")
+            x, image = block(x, image, styles, noise="none", precision=precision)
         return image.contiguous()

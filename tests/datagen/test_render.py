@@ -58,6 +58,17 @@ def test_a_frame_has_every_member_with_its_shape(rendered, genhead):
     }
 
 
+def test_bfloat16_frames_differ_by_rounding_and_come_again_the_same(genhead, recipe, rendered):
+    config = RenderConfig(points=20, precision="bfloat16")
+    with reproducible():
+        first, again = (render_identity(genhead, recipe, config) for _ in range(2))
+    exact = rendered.frames[0]
+    for name in ("rgb", "opacity", "foreground", "point_features", "depth"):
+        np.testing.assert_array_equal(first.frames[0][name], again.frames[0][name], err_msg=name)
+        assert 0 < np.abs(first.frames[0][name].astype(float) - exact[name]).mean() < 0.02 * exact[name].std(), name
+    np.testing.assert_array_equal(first.frames[0]["parts"], exact["parts"])  # the mesh is always posed and drawn in float32
+
+
 def test_the_same_frame_comes_again_alone_and_in_any_company(genhead, recipe, rendered):
     with reproducible():
         again = render_frame(IdentityRenderer(genhead, recipe), RenderConfig(points=20), 1)

@@ -102,6 +102,14 @@ def test_first_and_second_derivatives_are_right(size: int) -> None:
         assert torch.autograd.gradgradcheck(squared, (x,))
 
 
+def test_a_bias_is_added_last_and_has_derivatives_too() -> None:
+    x, weight, bias = draw(2, 2, 3, 3).requires_grad_(), draw(4, 2, 3, 3, seed=1), draw(4, seed=2).requires_grad_()
+    torch.testing.assert_close(upsample2_conv(x, weight, bias), upsample2_conv(x, weight) + bias[:, None, None])
+    squared = lambda x, bias: upsample2_conv(x, weight, bias).square()  # noqa: E731
+    assert torch.autograd.gradcheck(squared, (x, bias))
+    assert torch.autograd.gradgradcheck(squared, (x, bias))
+
+
 def test_memory_layout_changes_no_value() -> None:
     x = draw(2, 3, 6, 6).float()
     for operation in (upsample2, downsample2, blur):

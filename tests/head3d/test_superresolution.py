@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
-from head3d.networks.resample import resize_antialias, upsample2
+from head3d.networks.resample import resize_antialias, upsample2, upsample2_conv
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
 from head3d.run.errors import ConfigError
 
@@ -60,6 +61,47 @@ def test_samples_are_independent_and_every_call_is_the_same() -> None:
     image = network(raw, features)
     assert torch.equal(image, network(raw, features))
     torch.testing.assert_close(network(raw[1:2], features[1:2]), image[1:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("style", ["ones", "given"])
+def test_painting_one_by_one_without_gradients_is_painting_the_batch(style: str) -> None:
+    network, raw, features, ws = tiny(style=style), draw(3, 3, 8, 8), draw(3, 4, 8, 8, seed=1), draw(3, 5, seed=2)
+    batch = network(raw, features, ws)  # with style 'given' modulated and demodulated sample by sample
+    with torch.no_grad():
+        one_by_one, shared = network(raw, features, ws), network(raw, features, ws[:1])
+    torch.testing.assert_close(one_by_one, batch, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shared, network(raw, features, ws[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_style_of_ones_is_modulation_and_demodulation_written_out() -> None:
+    """Plain convolutions with the folded weights against the definition: scale the input channels, convolve, divide by |s W|."""
+    network, x = tiny((8,)), draw(2, 4, 8, 8, seed=1)
+    block = network.blocks[0]
+    w = torch.ones(1, 5)
+
+    def convolved(layer, x: Tensor) -> Tensor:
+        styles = layer.affine(w)[0]
+        scaled = x * styles[:, None, None]
+        y = upsample2_conv(scaled, layer.weight) if layer.upsample else conv2d(scaled, layer.weight, padding=1)
+        norm = ((layer.weight * styles[:, None, None]).square().sum((1, 2, 3)) + 1e-8).sqrt()
+        y = y / norm[:, None, None] + layer.bias[:, None, None]
+        return torch.where(y > 0, y, 0.2 * y) * 2**0.5
+
+    hidden, last = convolved(block.conv1, convolved(block.conv0, x)), block.to_image
+    colors = conv2d(hidden * last.affine(w)[0][:, None, None] / 8**0.5, last.weight, last.bias)
+    expected = upsample2(x[:, :3]) + colors
+    torch.testing.assert_close(network(x[:, :3], x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_changes_the_picture_by_rounding_only() -> None:
+    network, raw, features = tiny((16, 16)), draw(2, 3, 8, 8), draw(2, 4, 8, 8, seed=1)
+    seen = []
+    network.blocks[0].conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.no_grad():
+        exact, rounded = network(raw, features), network(raw, features, precision="bfloat16")
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2 and rounded.dtype == torch.float32
+    error = (exact - rounded).square().mean().sqrt() / exact.std()
+    assert 0 < error < 0.01
 
 
 def test_no_noise_is_kept() -> None:
