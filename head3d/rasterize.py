@@ -153,7 +153,7 @@ def _nearest_faces(corners: Tensor, resolution: int, cull_backfaces: bool, pairs
     image, face = counts.nonzero(as_tuple=True)
     counts = counts[image, face]
     ends = counts.cumsum(0)
-    boxes = torch.stack([low[image, face, 0], low[image, face, 1], extent[image, face, 0], ends - counts], dim=1)  # corner, width, first pair
+    boxes = torch.stack([low[image, face, 0], low[image, face, 1], extent[image, face, 0], ends - counts], dim=1)  # corner, width, first
     rows = corners[image, face].flatten(1)  # [n, 9]; boxes and corners are read by whole rows below
     nothing = torch.iinfo(torch.int64).max
     keys = torch.full((batch * resolution * resolution,), nothing, dtype=torch.int64, device=device)
