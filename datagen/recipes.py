@@ -64,9 +64,9 @@ class LookAtCameras:
 class PortraitCameras:
     """Cameras as fitted to portrait photographs; they stand in for the published draw of a fitted label (section 4 statistics)."""
 
-    yaw_std_rad: NonNegativeFloat = 0.25  # normal, cut at three deviations
-    pitch_std_rad: NonNegativeFloat = 0.12  # elevation, normal, cut at three deviations
-    roll_std_rad: NonNegativeFloat = 0.05  # normal, cut at three deviations
+    yaw_std_rad: NonNegativeFloat = 0.25  # normal
+    pitch_std_rad: NonNegativeFloat = 0.12  # elevation, normal
+    roll_std_rad: NonNegativeFloat = 0.05  # normal
     target_xy: NonNegativeFloat = 0.02  # the optical axis passes the origin this closely: U(-, +), scene units
     radius_mean: PositiveFloat = 4.17  # scene units
     radius_std: NonNegativeFloat = 0.16  # normal, cut to `radius`
@@ -80,12 +80,12 @@ class PortraitCameras:
 class MotionDraws:
     """Expression, jaw and gaze. Statistics of the published fitted labels (section 4); the published code draws their rows."""
 
-    expression_std: NonNegativeFloat = 2.1  # each component normal, cut at three deviations, one draw a motion
+    expression_std: NonNegativeFloat = 2.1  # each component normal, one draw a motion
     jaw_mean_rad: float = 0.024  # jaw x (opening), normal, never below 0
     jaw_std_rad: NonNegativeFloat = 0.034
     jaw_open_probability: Fraction = 0.5  # dynamic only: jaw x is replaced by U(jaw_open_rad) with this probability (published)
     jaw_open_rad: tuple[float, float] = (0.0, 0.2)  # published
-    gaze_pitch_std_rad: NonNegativeFloat = 0.07  # both eyes share one rotation; normal, cut at three deviations
+    gaze_pitch_std_rad: NonNegativeFloat = 0.07  # both eyes share one rotation; normal
     gaze_yaw_std_rad: NonNegativeFloat = 0.10
 
     def __post_init__(self) -> None:
@@ -108,13 +108,14 @@ class RecipeConfig:
     sample_sets: SampleSetFiles = SampleSetFiles()  # the files, if source is sample-sets
     split_rows: bool = True  # each row (photograph, clip) serves one split; false: all splits draw from all rows (published: no splits)
     truncation_psi: NonNegativeFloat = 0.95  # of the generator's mapping; the background is never truncated
-    shape_std: NonNegativeFloat = 0.92  # parametric: each shape component normal, cut at three deviations
+    shape_std: NonNegativeFloat = 0.92  # parametric: each shape component normal
     look_at_probability: Fraction = 0.5  # a camera is a look-at camera with this probability, else like a fitted portrait's
     look_at: LookAtCameras = LookAtCameras()  # the first sort of cameras
     portrait: PortraitCameras = PortraitCameras()  # the second, if parametric
     motion: MotionDraws = MotionDraws()  # expression, jaw, gaze; of the studio's motions the jaw alone is changed
     val_share: Fraction = 0.02  # of the identities
     test_share: Fraction = 0.02  # of the identities
+    cut_deviations: PositiveFloat = 3.0  # every normal draw is cut at this many standard deviations
     split_rule: Literal["hash", "modulo"] = (
         "hash"  # hash: each identity by its own hash, shares hold on average; modulo: by its number among
     )
@@ -294,7 +295,7 @@ def _draw_shape(config: RecipeConfig, rng: np.random.Generator, rows: LabelRows 
     """Shape [1, 300]."""
     match config.source:
         case "parametric":
-            return _row(config.shape_std * _cut_normal(rng, SHAPE_SIZE))
+            return _row(config.shape_std * _cut_normal(rng, SHAPE_SIZE, config.cut_deviations))
         case "studio":
             return _studio_label(rng).shape
         case "portraits" | "sample-sets":
@@ -307,7 +308,7 @@ def _draw_motion(
     """A motion [1, ...], number `index` of its identity, and whether its jaw was opened."""
     match config.source:
         case "parametric":
-            motion = _parametric_motion(config.motion, rng)
+            motion = _parametric_motion(config.motion, rng, config.cut_deviations)
         case "studio":
             motion = _studio_label(rng).motion
         case "portraits" | "sample-sets":
@@ -322,10 +323,10 @@ def _draw_motion(
     return motion._replace(jaw_pose=jaw_pose), True
 
 
-def _parametric_motion(config: MotionDraws, rng: np.random.Generator) -> Motion:
-    expression = config.expression_std * _cut_normal(rng, EXPRESSION_SIZE)
-    jaw = max(0.0, config.jaw_mean_rad + config.jaw_std_rad * float(_cut_normal(rng, 1)[0]))
-    pitch, yaw = _cut_normal(rng, 2) * (config.gaze_pitch_std_rad, config.gaze_yaw_std_rad)
+def _parametric_motion(config: MotionDraws, rng: np.random.Generator, cut: float) -> Motion:
+    expression = config.expression_std * _cut_normal(rng, EXPRESSION_SIZE, cut)
+    jaw = max(0.0, config.jaw_mean_rad + config.jaw_std_rad * float(_cut_normal(rng, 1, cut)[0]))
+    pitch, yaw = _cut_normal(rng, 2, cut) * (config.gaze_pitch_std_rad, config.gaze_yaw_std_rad)
     return Motion(
         expression=_row(expression),
         neck_pose=torch.zeros(1, 3),
@@ -343,7 +344,7 @@ def _draw_cameras(config: RecipeConfig, rng: np.random.Generator, views: int, ro
         around = _look_at_camera(config.look_at, rng)
         match config.source:
             case "parametric":
-                portrait = _portrait_camera(config.portrait, rng)
+                portrait = _portrait_camera(config.portrait, rng, config.cut_deviations)
             case "studio":
                 portrait = _studio_label(rng).camera.label()
             case "portraits" | "sample-sets":
@@ -362,8 +363,8 @@ def _look_at_camera(config: LookAtCameras, rng: np.random.Generator) -> Tensor:
     return _orbit_label(yaw, elevation, roll, radius, target)
 
 
-def _portrait_camera(config: PortraitCameras, rng: np.random.Generator) -> Tensor:
-    yaw, elevation, roll, distance = _cut_normal(rng, 4) * (
+def _portrait_camera(config: PortraitCameras, rng: np.random.Generator, cut: float) -> Tensor:
+    yaw, elevation, roll, distance = _cut_normal(rng, 4, cut) * (
         config.yaw_std_rad,
         config.pitch_std_rad,
         config.roll_std_rad,
@@ -379,9 +380,9 @@ def _orbit_label(yaw: float, elevation: float, roll: float, radius: float, targe
     return orbit(values[:, 0], values[:, 1], values[:, 3], target=values[:, 4:], roll_rad=values[:, 2]).label().float()
 
 
-def _cut_normal(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Normal draws, cut at three deviations (a fixed number of draws, unlike rejection)."""
-    return np.clip(rng.standard_normal(size), -3.0, 3.0)
+def _cut_normal(rng: np.random.Generator, size: int, cut: float) -> np.ndarray:
+    """Normal draws, cut at `cut` deviations (a fixed number of draws, unlike rejection)."""
+    return np.clip(rng.standard_normal(size), -cut, cut)
 
 
 def _row(values: np.ndarray) -> Tensor:

@@ -248,3 +248,14 @@ def test_no_latent_shape_motion_or_camera_is_shared_between_identities_and_so_be
         for value in values:
             assert seen.setdefault(value.numpy().tobytes(), identity) == identity
     assert splits == {"train", "val", "test"}
+
+
+def test_normal_draws_are_cut_where_the_settings_say():
+    for cut in (3.0, 0.5):
+        config = RecipeConfig(dynamic_share=1.0, look_at_probability=0.0, cut_deviations=cut, motion=MotionDraws(jaw_open_probability=0.0))
+        recipes = [draw_identity(config, 0, identity) for identity in range(20)]
+        shapes = torch.cat([recipe.shape for recipe in recipes]).abs()
+        expressions = torch.cat([drawn.motion.expression for recipe in recipes for drawn in recipe.motions]).abs()
+        assert shapes.max() == pytest.approx(0.92 * cut) and expressions.max() == pytest.approx(2.1 * cut)
+        yaw, elevation, _ = angles(torch.cat([drawn.cameras for recipe in recipes for drawn in recipe.motions]))
+        assert yaw.abs().max() <= 0.25 * cut + 0.02 and elevation.abs().max() <= 0.12 * cut + 0.02  # the axis passes the origin at 0.02

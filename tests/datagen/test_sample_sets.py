@@ -212,7 +212,7 @@ def test_clips_of_one_frame_are_refused(files):
 # Splits -----------------------------------------------------------------------------------------------------------------------
 
 
-def drawn_rows(recipe_config, identities=240):
+def drawn_rows(recipe_config, identities=160):
     """By split: the numbers of the shapes, the clips or photographs, and the gazes that its identities were drawn from."""
     rows = {split: {"shape": set(), "face": set(), "gaze": set()} for split in ("train", "val", "test")}
     for identity in range(identities):
