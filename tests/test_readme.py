@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from datagen.labels import DEFAULT_LABELS, LABELS
 from pipelines.__main__ import COMMANDS, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,13 @@ def test_the_tree_names_every_module():
             if not any(Path(inside).match(pattern) for pattern in listed):
                 missing.append(str(path.relative_to(ROOT)))
     assert missing == []
+
+
+def test_the_table_of_labels_names_every_label_and_marks_the_default_ones():
+    table = README.partition("## What a frame carries")[2].partition("\n\n\\*")[0]
+    named = re.findall(r"`([a-z]+)`( \*)?", table.partition("|---")[2])
+    assert sorted(name for name, _ in named) == sorted(LABELS)
+    assert sorted(name for name, star in named if star) == sorted(DEFAULT_LABELS)
 
 
 def test_its_pictures_and_files_exist():
