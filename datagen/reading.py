@@ -11,20 +11,22 @@ conversion to scene units.
 from __future__ import annotations
 
 import collections
+import copy
 import json
 import mmap
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from datagen.cache import FetchAhead, ShardCache, Tar
 from datagen.exclusion import Exclusion
 from datagen.index import INDEX, FrameEntry, Frames, Index, build_index
 from datagen.members import FAMILIES, Family, Scales, decode, dequantise, read_member_entries
 from datagen.shards import check_schema, read_sidecar, remedy, sidecar_name
 from datagen.storage import LocalFolder, Storage, open_storage
-from head3d.run.errors import DataError
+from head3d.run.errors import ConfigError, DataError
 
 _OPEN_FILES = 128  # tars kept mapped at once; mapping again costs a fraction of a millisecond
 
@@ -32,7 +34,8 @@ _OPEN_FILES = 128  # tars kept mapped at once; mapping again costs a fraction of
 class ShardDataset:
     """An opened data set. Reading is safe from several threads; a copy sent to another process maps the files anew.
 
-    Local tars are mapped into memory; elsewhere, each member is one request for just its bytes.
+    Local tars are mapped into memory, and so are a cache's copies of remote ones (see `through`); without a cache, each member of a
+    remote tar is one request for just its bytes.
     """
 
     def __init__(self, storage: Storage, manifest: dict[str, Any], index: Index, checksums: bool) -> None:
@@ -40,11 +43,39 @@ class ShardDataset:
         self.scales = Scales(manifest["depth"]["near"], manifest["depth"]["far"], manifest["box_side"])
         self._members = read_member_entries(manifest["members"], storage.where("dataset.json"))
         self._image_format = manifest["settings"]["shards"]["image_format"]
-        self._tars = index.tars()
+        self._tars = {name: Tar(name, *facts) for name, facts in index.tars().items()}
+        self._cache: ShardCache | None = None
         self.excluded = Exclusion.from_manifest(manifest, storage.where("dataset.json"))
         self.frames: Sequence[FrameEntry] = Frames(index, self.excluded)
         self.excluded_count = self.frames.excluded  # frames that are there but not read
         self._forget_maps()
+
+    def through(self, cache: ShardCache | None) -> ShardDataset:
+        """The same data set, read through a cache (none: as it is)."""
+        dataset = copy.copy(self)  # by __getstate__, so that it maps files of its own
+        dataset._cache = cache
+        return dataset
+
+    def fetch_ahead(self, wanted: Iterable[tuple[int, FrameEntry, Iterable[str]]], shards: int) -> FetchAhead | None:
+        """A thread that fetches what will be read into the cache; none if there is no cache.
+
+        wanted: (sample, frame, members), endless and ascending, of which `shards` shards are read at a time. Raises ConfigError if the
+        cache cannot hold that many.
+        """
+        if self._cache is None:
+            return None
+        sizes = collections.Counter()
+        for tar in self._tars.values():
+            sizes[tar.name.rpartition("/")[2]] += tar.size
+        together = sum(sorted(sizes.values())[-shards:])
+        if together > self._cache.limit:
+            raise ConfigError(
+                f"cache.gigabytes: {self._cache.limit / 1e9:g} cannot hold the {shards} shards of {self.storage.where()} that are read at "
+                f"a time, up to {together / 1e9:.3g}; give the cache more room, or lower batches.shuffle_window"
+            )
+        return FetchAhead(
+            self._cache, ((sample, {self._tars[frame.members[name].tar] for name in members}) for sample, frame, members in wanted)
+        )
 
     def read(self, entry: FrameEntry, members: Sequence[str], dequantised: bool = True) -> dict[str, Any]:
         """Members of one frame by name: 'rgb.0', 'opacity', 'label', 'depth', 'json', 'identity.background', ...
@@ -64,6 +95,9 @@ class ShardDataset:
         path = self.storage.where(tar)
         data = self._bytes_of(tar, offset, size)
         where = f"{path}: key {entry.key}, member {name!r} at byte {offset}"
+        if self._cache is not None and self.checksums and zlib.crc32(data) != checksum:  # its copy was damaged since it arrived
+            self._forget(tar)
+            data = self._bytes_of(tar, offset, size)
         if self.checksums and zlib.crc32(data) != checksum:
             raise DataError(f"{where}: the checksum does not match, so bytes have changed; {remedy(path)}")
         member = self._members["rgb.{view}" if name.startswith("rgb.") else name]
@@ -74,32 +108,41 @@ class ShardDataset:
         return dequantise(value, member, self.scales) if dequantised and member.kind == "array" else value
 
     def _bytes_of(self, tar: str, offset: int, size: int) -> bytes | memoryview:
-        if isinstance(self.storage, LocalFolder):
-            return memoryview(self._map(tar, self.storage.folder / tar))[offset : offset + size]
+        if self._cache is not None or isinstance(self.storage, LocalFolder):
+            return memoryview(self._map(self._tars[tar]))[offset : offset + size]
         try:
             return self.storage.read(tar, offset, offset + size)
         except FileNotFoundError as error:
             path = self.storage.where(tar)
             raise DataError(f"{path}: could not be opened ({error}); {remedy(path)}") from error
 
-    def _map(self, tar: str, path: Path) -> mmap.mmap:
+    def _map(self, tar: Tar) -> mmap.mmap:
         with self._lock:
-            if tar in self._maps:
-                self._maps.move_to_end(tar)
-                return self._maps[tar]
-            try:
-                with path.open("rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-                raise DataError(f"{path}: could not be opened ({error}); {remedy(str(path))}") from error
-            if len(mapped) != self._tars[tar][0]:
-                raise DataError(
-                    f"{path}: expected {self._tars[tar][0]} bytes, got {len(mapped)}: cut short or from elsewhere; {remedy(str(path))}"
-                )
-            self._maps[tar] = mapped
+            if tar.name in self._maps and (self._cache is None or self._cache.used(tar)):
+                self._maps.move_to_end(tar.name)
+                return self._maps[tar.name]
+        path = self.storage.where(tar.name)
+        try:  # without the lock: others read on while a file is fetched
+            with Path(path).open("rb") if self._cache is None else self._cache.open(tar) as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise DataError(f"{path}: could not be opened ({error}); {remedy(path)}") from error
+        if len(mapped) != tar.size:
+            raise DataError(f"{path}: expected {tar.size} bytes, got {len(mapped)}: cut short or from elsewhere; {remedy(path)}")
+        with self._lock:
+            self._maps[tar.name] = mapped
             if len(self._maps) > _OPEN_FILES:
                 self._maps.popitem(last=False)  # unmapped when the last reader lets go of it
-            return mapped
+            if self._cache is not None:  # a copy that went takes up room until nobody maps it
+                for name in [name for name in self._maps if not self._cache.holds(self._tars[name])]:
+                    del self._maps[name]
+        return mapped
+
+    def _forget(self, tar: str) -> None:
+        """Drop a damaged copy."""
+        with self._lock:
+            self._maps.pop(tar, None)
+            self._cache.drop(self._tars[tar])
 
     def _forget_maps(self) -> None:
         self._maps: collections.OrderedDict[str, mmap.mmap] = collections.OrderedDict()

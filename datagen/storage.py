@@ -75,7 +75,7 @@ class Storage(Protocol):
     def names(self, folder: str) -> list[str]:
         """The names of the files in a folder. The one request whose cost grows with the folder: for `verify`, not for work."""
 
-    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def each(self, function: Callable[[Item], Result], items: Iterable[Item], at_once: int = CONCURRENT) -> Iterator[Result]:
         """function(item) of each item, in order; several at once where requests are mostly waiting."""
 
     def only_writer(self, folders: Iterable[str]) -> contextlib.AbstractContextManager[None]:
@@ -163,7 +163,7 @@ class LocalFolder:
     def names(self, folder: str) -> list[str]:
         return sorted(f"{folder}/{path.name}" for path in (self.folder / folder).glob("*"))
 
-    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def each(self, function: Callable[[Item], Result], items: Iterable[Item], at_once: int = CONCURRENT) -> Iterator[Result]:
         return map(function, items)
 
     @contextlib.contextmanager
@@ -288,13 +288,13 @@ class RemoteFolder:
             return []
         return sorted(f"{folder}/{path.rstrip('/').rpartition('/')[2]}" for path in paths)
 
-    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def each(self, function: Callable[[Item], Result], items: Iterable[Item], at_once: int = CONCURRENT) -> Iterator[Result]:
         waiting: collections.deque[Future[Result]] = collections.deque()
-        with ThreadPoolExecutor(CONCURRENT, thread_name_prefix="storage") as threads:
+        with ThreadPoolExecutor(at_once, thread_name_prefix="storage") as threads:
             try:
                 for item in items:
                     waiting.append(threads.submit(function, item))
-                    if len(waiting) > 2 * CONCURRENT:  # no more results than that wait for whoever reads them
+                    if len(waiting) > 2 * at_once:  # no more results than that wait for whoever reads them
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()

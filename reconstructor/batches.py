@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fractions
+import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datagen.cache import FetchAhead
 from head3d.labels import MOTION_VECTOR_SIZE, unpack_label
 from head3d.run.config import Fraction, NonNegativeInt, PositiveInt
 from head3d.run.errors import ConfigError, DataError
@@ -48,6 +50,8 @@ class FrameSource(Protocol):
     frames: Sequence[Frame]
 
     def read(self, entry: Frame, members: Sequence[str]) -> dict[str, np.ndarray]: ...
+
+    def fetch_ahead(self, wanted: Iterable[tuple[int, Frame, Iterable[str]]], shards: int) -> FetchAhead | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +123,14 @@ class _Pool:
         self._epochs: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
     def frame(self, position: int) -> int:
+        """Safe from two threads: who fetches shards ahead asks for later positions than who reads them."""
         epoch, place = divmod(position, self.count)
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._epoch(epoch)
-            while len(self._epochs) > 2:  # prefetch may straddle two
+        order = self._epochs.get(epoch)
+        if order is None:
+            order = self._epochs[epoch] = self._epoch(epoch)
+            while len(self._epochs) > 3:  # prefetch may straddle two
                 self._epochs.popitem(last=False)
-        return int(self._epochs[epoch][place])
+        return int(order[place])
 
     def _epoch(self, epoch: int) -> np.ndarray:
         rng = numpy_generator(self._seed, "order", self._name, epoch)
@@ -181,11 +187,14 @@ class ItemOrder:
             False: _Pool(frames, dynamic, seed, "dynamic", config.shuffle_window),
         }
 
-    def item(self, position: int) -> Item:
+    def target(self, position: int) -> tuple[int, bool]:
+        """The target frame of an item, and whether it is static. Its source is of the same identity, and so in the same shard."""
         before, after = (position * self._share).__floor__(), ((position + 1) * self._share).__floor__()
         static = after > before
-        place = before if static else position - before
-        target = self._pools[static].frame(place)
+        return self._pools[static].frame(before if static else position - before), static
+
+    def item(self, position: int) -> Item:
+        target, static = self.target(position)
         rng = numpy_generator(self._seed, "views", position)
         views = self.frames[target].views
         target_view, driver_view = int(rng.integers(views)), int(rng.integers(views))
@@ -284,6 +293,7 @@ class BatchStream:
         self._ahead = samples_seen
         self._pending: collections.deque[list[Future]] = collections.deque()
         self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="decode") if config.threads else None
+        self._fetcher = dataset.fetch_ahead(self._wanted(), shards=2 * config.shuffle_window)  # a window of each of the two kinds
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -296,21 +306,37 @@ class BatchStream:
                 self._pending.append([self._threads.submit(self._read, item, members) for item, members in self._plan()])
             samples = [future.result() for future in self._pending.popleft()]
         self.samples_seen += self._config.size
+        if self._fetcher is not None:
+            self._fetcher.passed(self.samples_seen)
         return collate(samples)
 
     def _plan(self) -> list[tuple[Item, frozenset[str]]]:
-        members = frozenset(self._members(self._ahead))
-        if members not in self._orders:
-            self._orders[members] = ItemOrder(self._dataset.frames, self._config, self._seed, self._split, members)
-        items = self._orders[members].batch(self._ahead, self._rank, self._world_size)
+        order, members = self._order(self._ahead)
+        items = order.batch(self._ahead, self._rank, self._world_size)
         self._ahead += self._config.size
         return [(item, members) for item in items]
+
+    def _order(self, samples_seen: int) -> tuple[ItemOrder, frozenset[str]]:
+        """The order of the batch that starts there, and the label members that are read in it."""
+        members = frozenset(self._members(samples_seen))
+        if members not in self._orders:
+            self._orders[members] = ItemOrder(self._dataset.frames, self._config, self._seed, self._split, members)
+        return self._orders[members], members
+
+    def _wanted(self) -> Iterator[tuple[int, Frame, frozenset[str]]]:
+        """What all ranks will read: number of the sample, its target frame, the members."""
+        for seen in itertools.count(self.samples_seen, self._config.size):
+            order, members = self._order(seen)
+            for position in range(seen, seen + self._config.size):
+                yield position, self._dataset.frames[order.target(position)[0]], members | {"rgb.0", "label"}
 
     def _read(self, item: Item, members: frozenset[str]) -> dict[str, np.ndarray]:
         return read_item(self._dataset, item, members, self._driver_image)
 
     def close(self) -> None:
         """Stop the threads; batches decoded ahead are dropped. Calling it twice is fine."""
+        if self._fetcher is not None:
+            self._fetcher.close()
         self._pending.clear()
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datagen.cache import CacheConfig, ShardCache, open_cache
 from datagen.plan import Plan, open_plan
 from datagen.reading import ShardDataset, open_dataset
 from datagen.worker import load_planned_generator
@@ -50,6 +51,7 @@ from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorConfig,
 FREE_TO_CHANGE = (
     "out",
     "shards",
+    "cache",
     "generator",
     "total_images",
     "log_every",
@@ -84,6 +86,7 @@ class ReconstructorRun:
     checkpoint_every: PositiveInt = 100_000  # images between checkpoints
     keep: PositiveInt = 3  # newest checkpoints kept
     threads: NonNegativeInt = 0  # CPU threads of torch; 0 leaves its default
+    cache: CacheConfig = CacheConfig()  # where copies of shards behind a URL are kept
     batches: BatchConfig = BatchConfig()  # what a batch holds and how it is read
     losses: LossConfig = LossConfig()  # weights and ranges of the loss terms
     model: ReconstructorConfig = ReconstructorConfig()  # the network
@@ -105,11 +108,11 @@ def train(config: ReconstructorRun) -> int:
 
     A finished run is not repeated; a started one goes on from its newest checkpoint, bit for bit on one machine.
     """
-    with process_group(config.threads) as process:
-        return _train(config, process)
+    with process_group(config.threads) as process, open_cache(config.cache, config.shards) as cache:
+        return _train(config, process, cache)
 
 
-def _train(config: ReconstructorRun, process: distributed.Process) -> int:
+def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardCache | None) -> int:
     dataset = open_dataset(config.shards)
     for note in check_data(config, dataset):
         if process.is_main:
@@ -121,7 +124,7 @@ def _train(config: ReconstructorRun, process: distributed.Process) -> int:
         return 0
     preview = preview_batch(config, dataset).to(process.device)
     stream = BatchStream(
-        dataset,
+        dataset.through(cache),
         config.batches,
         config.seed,
         lambda seen: members_needed(config.losses, seen),

@@ -49,6 +49,9 @@ class FakeDataset:
         self.asked = collections.Counter()
         self._lock = threading.Lock()
 
+    def fetch_ahead(self, wanted, shards):
+        return None
+
     def read(self, entry, members):
         with self._lock:
             self.asked.update(members)

@@ -1,0 +1,64 @@
+"""Training from a bucket is training from a folder."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from datagen.cache import CacheConfig, ShardCache, open_cache
+from datagen.reading import open_dataset
+from datagen.storage import open_storage
+from head3d.run.errors import ConfigError
+from reconstructor.batches import BatchConfig, BatchStream
+from reconstructor.losses import LossConfig, members_needed
+from reconstructor.train import train
+
+CONFIG = BatchConfig(size=4, threads=2, prefetch=2, shuffle_window=1)
+
+
+@pytest.fixture
+def remote(world, bucket):
+    """The URL of the world's shards."""
+    storage = open_storage(bucket)
+    for path in world.shards.rglob("*"):
+        if path.is_file():
+            storage.write(str(path.relative_to(world.shards)), path.read_bytes())
+    return bucket
+
+
+def batches(dataset, count, samples_seen=0, config=CONFIG):
+    with BatchStream(dataset, config, 0, lambda seen: members_needed(LossConfig(), seen), samples_seen=samples_seen) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+def same(ours, theirs):
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a is b
+        for a, b in zip(dataclasses.astuple(ours), dataclasses.astuple(theirs), strict=True)
+    )
+
+
+def test_batches_from_a_bucket_are_those_from_the_folder_also_when_the_cache_forgets_and_the_run_is_resumed(world, remote, tmp_path):
+    wanted = batches(open_dataset(world.shards), 12)
+    dataset = open_dataset(remote)
+    everything = sum(tar.size for tar in dataset._tars.values())
+    cache = ShardCache(open_storage(remote), tmp_path / "cache", everything - 1)  # so that it cannot keep all
+    found = batches(dataset.through(cache), 5) + batches(dataset.through(cache), 7, samples_seen=20)
+    assert all(map(same, found, wanted)) and len(found) == 12
+    assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) < everything
+    with pytest.raises(ConfigError, match="cannot hold the 16 shards"):
+        batches(dataset.through(cache), 1, config=dataclasses.replace(CONFIG, shuffle_window=8))
+
+
+def test_training_from_a_bucket_gives_the_network_that_the_folder_gives(world, remote, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    for name, shards in (("folder", world.shards), ("bucket", remote)):
+        assert train(world.run(tmp_path / name, shards=shards, total_images=8)) == 0
+    ours, theirs = ((tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("bucket", "folder"))
+    assert ours == theirs
+    assert list((tmp_path / "temporary").iterdir()) == [], "the private cache is gone"
+
+
+def test_a_folder_needs_no_cache(world):
+    with open_cache(CacheConfig(), world.shards) as cache:
+        assert cache is None and open_dataset(world.shards).through(cache).fetch_ahead([], 1) is None
