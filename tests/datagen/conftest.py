@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -136,13 +137,11 @@ def run_of(generator):
 
 @pytest.fixture(scope="session")
 def data_files():
-    """Bytes of everything in a folder that is data: all files but the logs and the lock."""
+    """Bytes of everything in a folder or behind a URL that is data: all files but the logs and the lock."""
 
-    def read(folder):
-        return {
-            str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in ("log.jsonl", "failures.jsonl", ".lock")
-        }
+    def read(place):
+        filesystem, root = fsspec.core.url_to_fs(str(place), use_listings_cache=False)
+        names = {path: path.removeprefix(f"{root}/") for path in sorted(filesystem.find(root))}
+        return {name: filesystem.cat_file(path) for path, name in names.items() if name not in ("log.jsonl", "failures.jsonl", ".lock")}
 
     return read

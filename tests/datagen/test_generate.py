@@ -25,13 +25,14 @@ from datagen.reading import open_dataset
 from datagen.recipes import draw_identity
 from datagen.render import RenderConfig, frame_facts
 from datagen.shards import _HashedStream, shard_path
+from datagen.storage import open_storage
 from head3d.run.config import save_yaml
 from head3d.run.errors import AssetError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
-def ray():
-    """One local cluster for all tests of this file; `generate` uses it and leaves it."""
+def ray(s3_server):
+    """One local cluster for all tests of this file, which knows the S3 server; `generate` uses it and leaves it."""
     ray = pytest.importorskip("ray")
     ray.init("local", num_cpus=2, object_store_memory=128 << 20, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
@@ -80,6 +81,14 @@ def test_two_workers_one_of_them_killed_and_one_worker_give_the_bytes_of_none(tm
     assert data_files(one) == undisturbed
     workers = {json.loads(line)["worker"] for line in (one / "log.jsonl").read_text().splitlines()}
     assert len(workers) == 1 and not workers & {f"{os.uname().nodename}:{os.getpid()}"}
+
+
+def test_two_workers_fill_a_bucket_with_the_bytes_of_a_folder(bucket, run_of, data_files, undisturbed, ray):
+    url = f"{bucket}/set"
+    assert generate(run_of(url, workers=2)) == 0
+    assert data_files(url) == undisturbed
+    log = [json.loads(line) for line in open_storage(url).read("log.jsonl").splitlines()]
+    assert sorted(line["shard"] for line in log) == [0, 1, 2]
 
 
 def test_what_a_worker_refuses_reaches_the_user(tmp_path, run_of, ray):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pickle
+import re
+import shlex
 import shutil
 
 import fsspec
@@ -16,6 +18,7 @@ from datagen.reading import open_dataset
 from datagen.shards import read_sidecar, write_shard
 from datagen.storage import LocalFolder, Patience, RemoteFolder, open_storage
 from head3d.run.errors import ConfigError, DataError
+from pipelines.__main__ import run_command
 
 AT_ONCE = Patience(attempts=3, first_wait_s=0.0)
 
@@ -193,14 +196,7 @@ def test_what_is_forbidden_is_not_tried_again(bucket, monkeypatch):
 # Whole runs -------------------------------------------------------------------------------------------------------------------
 
 
-def remote_files(url):
-    """Bytes of everything below a URL but the log, by relative name."""
-    filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    return {path.removeprefix(f"{root}/"): filesystem.cat_file(path) for path in filesystem.find(root) if not path.endswith("log.jsonl")}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_into_a_bucket_gives_the_bytes_of_a_local_one_and_lists_nothing(bucket, run_of, undisturbed, monkeypatch, workers):
+def test_a_run_into_a_bucket_gives_the_bytes_of_a_local_one_and_lists_nothing(bucket, run_of, data_files, undisturbed, monkeypatch):
     url = f"{bucket}/set"
     call, lists = s3fs.S3FileSystem._call_s3, []
 
@@ -210,20 +206,18 @@ def test_a_run_into_a_bucket_gives_the_bytes_of_a_local_one_and_lists_nothing(bu
 
     with monkeypatch.context() as patch:
         patch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
-        assert generate(run_of(url, workers=workers)) == 0
+        assert generate(run_of(url)) == 0
     assert set(lists) <= {1}  # s3fs asks whether a missing name is the beginning of others: one key at most
-    assert remote_files(url) == undisturbed
-    log = [json.loads(line) for line in open_storage(url).read("log.jsonl").splitlines()]
-    assert sorted(line["shard"] for line in log) == [0, 1, 2]
+    assert data_files(url) == undisturbed
 
 
-def test_a_set_that_is_there_is_left_alone_and_what_was_lost_is_made_again(bucket, run_of, undisturbed, monkeypatch, capsys):
+def test_a_set_that_is_there_is_left_alone_and_what_was_lost_is_made_again(bucket, run_of, data_files, undisturbed, monkeypatch, capsys):
     for name, data in undisturbed.items():
         open_storage(bucket).write(name, data)
     open_storage(bucket).delete("labels/000001.json")
     open_storage(bucket).write("frames/000002.tar", undisturbed["frames/000002.tar"][:-512])
     assert generate(run_of(bucket)) == 0
-    assert "made 2 shards now" in capsys.readouterr().out and remote_files(bucket) == undisturbed
+    assert "made 2 shards now" in capsys.readouterr().out and data_files(bucket) == undisturbed
     puts = broken_puts(monkeypatch, refuse, broken=0)
     assert generate(run_of(bucket)) == 0
     assert "made 0 shards now" in capsys.readouterr().out and puts == [INDEX]
@@ -232,19 +226,19 @@ def test_a_set_that_is_there_is_left_alone_and_what_was_lost_is_made_again(bucke
 
 
 def test_a_server_that_fails_in_the_middle_of_a_run_leaves_whole_shards_and_the_run_goes_on_later(
-    bucket, run_of, undisturbed, monkeypatch, impatient
+    bucket, run_of, data_files, undisturbed, monkeypatch, impatient
 ):
     with monkeypatch.context() as patch:
         broken_puts(patch, refuse, whole=8)
         with pytest.raises(DataError, match=f"{bucket}/.*: could not be written in 5 attempts: ConnectionError: reset by peer"):
             generate(run_of(bucket))
-    there = remote_files(bucket)
+    there = data_files(bucket)
     assert there.items() < undisturbed.items() and INDEX not in there
     for name in there:
         if name.endswith(".json") and name != "dataset.json":
             assert hashlib.sha256(there[name.replace(".json", ".tar")]).hexdigest() == json.loads(there[name])["sha256"]
     assert generate(run_of(bucket)) == 0
-    assert remote_files(bucket) == undisturbed
+    assert data_files(bucket) == undisturbed
 
 
 def test_a_set_behind_plain_http_is_read_and_cannot_be_written(s3_server, bucket, undisturbed, tmp_path):
@@ -286,3 +280,15 @@ def test_scratch_space_is_free_again_after_a_run(bucket, run_of, tmp_path, monke
     assert generate(run_of(f"{bucket}/set")) == 0
     assert list(tmp_path.iterdir()) == []
     shutil.rmtree(tmp_path)
+
+
+def test_the_readmes_commands_make_and_check_shards_in_a_bucket(bucket, generator, root, capsys, monkeypatch):
+    """As written, but for the bucket's name, a smaller generator, two people and no Ray."""
+    monkeypatch.chdir(root)
+    lines = (root / "README.md").read_text(encoding="utf-8").splitlines()
+    make, check = (shlex.split(line)[1:] for line in lines if re.search(r"bin/headfoundry (datagen|verify) .*s3://my-bucket/shards", line))
+    make[make.index("--generator") + 1] = str(generator)
+    smaller = ["--workers", "0", "--identities", "2"]
+    for command, *arguments in (make + smaller, check):
+        assert run_command(command, [argument.replace("s3://my-bucket", bucket) for argument in arguments]) == 0
+    assert "everything is as it was written" in capsys.readouterr().out and len(open_dataset(f"{bucket}/shards").frames) > 2
