@@ -1,0 +1,142 @@
+"""Kill data generation at random, twenty times, and compare every byte with an undisturbed run.
+
+    python benchmarks/kills.py [--kills 20] [--workers 2] [--seed 0]
+
+A kill is SIGKILL to one worker, or to the program that hands out the shards; then the same command is called again. Worker and moment
+are drawn from the seed; a moment is some shards and a part of a second after the last kill. Linux: processes are found in /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from head3d.run.seeding import numpy_generator
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = {"log.jsonl", "failures.jsonl", ".lock", "index.html"}  # no part of the data
+LIMIT_S = 120.0  # without a new shard, after which something hangs
+
+
+def main() -> int:
+    """Exit status 0 if all bytes are equal, nothing is left behind and all kills could be made."""
+    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    arguments.add_argument("--kills", type=int, default=20, help="how many")
+    arguments.add_argument("--workers", type=int, default=2, help="Ray workers")
+    arguments.add_argument("--seed", type=int, default=0, help="of who is killed, and when")
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        killed, whole = Path(folder) / "killed", Path(folder) / "whole"
+        shards = 3 * options.kills + 2 * options.workers  # so that the last kill finds work
+        kills = disturb(killed, shards, options.workers, options.kills, numpy_generator(options.seed, "kills"))
+        run(whole, shards, workers=0).wait()
+        here, there = digests(killed), digests(whole)
+        different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        made = len((killed / "log.jsonl").read_text().splitlines())
+        print(
+            f"{len(kills)} kills ({kills.count('driver')} of the driver, {kills.count('worker')} of workers), {shards} shards, reported {made}"
+        )
+        print(f"{len(there)} files compared, {len(different)} differ or are missing or left over: {different[:5]}")
+        return 1 if different or len(kills) < options.kills else 0
+
+
+def run(out: Path, shards: int, workers: int) -> subprocess.Popen:
+    """The command, on a small set: two identities a shard."""
+    command = [sys.executable, "-m", "pipelines", "datagen", "--config", "configs/datagen_tiny.yaml", "--out", str(out)]
+    command += ["--generator", "pretrained/genhead-tiny", "--device", "cpu", "--identities", str(2 * shards), "--workers", str(workers)]
+    command += ["--shards.identities_per_shard", "2"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if not os.environ.get("KDEBUG") else open(os.environ["KDEBUG"],"a"))
+
+
+def disturb(out: Path, shards: int, workers: int, count: int, rng: np.random.Generator) -> list[str]:
+    """Run to the end with `count` kills. Returns who was killed, in order."""
+    kills: list[str] = []
+    driver = run(out, shards, workers)
+    while True:
+        goal, pause_s = made_shards(out) + int(rng.integers(1, 4)), float(rng.uniform(0, 0.5))
+        victim = "driver" if rng.random() < 0.3 else "worker"
+        if len(kills) == count or not reached(out, goal, driver):
+            break
+        time.sleep(pause_s)
+        descendants = children(driver.pid)
+        if victim == "driver":
+            driver.kill()
+            driver.wait()
+            gone(descendants)
+            driver = run(out, shards, workers)
+        else:
+            candidates = sorted(pid for pid in descendants if name_of(pid).startswith("ray::ShardMaker"))
+            os.kill(candidates[int(rng.integers(len(candidates)))], signal.SIGKILL)
+        kills.append(victim)
+        print(f"kill {len(kills)}: {victim}, after {made_shards(out)} of {shards} shards", flush=True)
+    if driver.wait(timeout=10 * LIMIT_S):
+        raise SystemExit(f"the run ended with status {driver.returncode}")
+    return kills
+
+
+def made_shards(out: Path) -> int:
+    """Shards whose last file, the record of their frames, is there."""
+    return len(list((out / "frames").glob("*.json")))
+
+
+def reached(out: Path, shards: int, driver: subprocess.Popen) -> bool:
+    """Wait for so many shards. False if the run ends before."""
+    deadline = time.monotonic() + LIMIT_S
+    while made_shards(out) < shards:
+        if driver.poll() is not None:
+            return False
+        if time.monotonic() > deadline:
+            raise SystemExit(f"no new shard within {LIMIT_S:g} s")
+        time.sleep(0.02)
+    return True
+
+
+def children(pid: int) -> set[int]:
+    """All descendants of a process."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):  # it ended meanwhile
+            continue
+    found, fringe = set(), {pid}
+    while fringe:
+        fringe = {child for child, parent in parents.items() if parent in fringe}
+        found |= fringe
+    return found
+
+
+def name_of(pid: int) -> str:
+    """How a process calls itself."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
+def gone(pids: set[int]) -> None:
+    """Wait until none of the processes runs: Ray ends them when their driver is gone."""
+    deadline = time.monotonic() + LIMIT_S
+    while any(name_of(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"still running after the driver's death: {[name_of(pid) for pid in pids if name_of(pid)]}")
+        time.sleep(0.1)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of everything that is data, and of whatever should not be there."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in LOGS)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
