@@ -23,7 +23,7 @@ import numpy as np
 from head3d.run.seeding import numpy_generator
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = {"log.jsonl", "failures.jsonl", ".lock", "index.html"}  # no part of the data
+LOGS = {"log.jsonl", "failures.jsonl", ".lock"}  # no part of the data
 LIMIT_S = 120.0  # without a new shard, after which something hangs
 
 
@@ -42,9 +42,7 @@ def main() -> int:
         here, there = digests(killed), digests(whole)
         different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         made = len((killed / "log.jsonl").read_text().splitlines())
-        print(
-            f"{len(kills)} kills ({kills.count('driver')} of the driver, {kills.count('worker')} of workers), {shards} shards, reported {made}"
-        )
+        print(f"{len(kills)} kills, {kills.count('driver')} of them of the driver; {shards} shards, {made} reported")
         print(f"{len(there)} files compared, {len(different)} differ or are missing or left over: {different[:5]}")
         return 1 if different or len(kills) < options.kills else 0
 
@@ -53,33 +51,35 @@ def run(out: Path, shards: int, workers: int) -> subprocess.Popen:
     """The command, on a small set: two identities a shard."""
     command = [sys.executable, "-m", "pipelines", "datagen", "--config", "configs/datagen_tiny.yaml", "--out", str(out)]
     command += ["--generator", "pretrained/genhead-tiny", "--device", "cpu", "--identities", str(2 * shards), "--workers", str(workers)]
-    command += ["--shards.identities_per_shard", "2"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if not os.environ.get("KDEBUG") else open(os.environ["KDEBUG"],"a"))
+    command += ["--shards.identities_per_shard", "2", "--page", "false"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def disturb(out: Path, shards: int, workers: int, count: int, rng: np.random.Generator) -> list[str]:
     """Run to the end with `count` kills. Returns who was killed, in order."""
     kills: list[str] = []
     driver = run(out, shards, workers)
-    while True:
-        goal, pause_s = made_shards(out) + int(rng.integers(1, 4)), float(rng.uniform(0, 0.5))
-        victim = "driver" if rng.random() < 0.3 else "worker"
-        if len(kills) == count or not reached(out, goal, driver):
-            break
-        time.sleep(pause_s)
-        descendants = children(driver.pid)
-        if victim == "driver":
-            driver.kill()
-            driver.wait()
-            gone(descendants)
-            driver = run(out, shards, workers)
-        else:
+    try:
+        while len(kills) < count and reached(out, made_shards(out) + int(rng.integers(1, 4)), driver):
+            victim = "driver" if rng.random() < 0.3 else "worker"
+            time.sleep(rng.uniform(0, 0.5))
+            descendants = children(driver.pid)
             candidates = sorted(pid for pid in descendants if name_of(pid).startswith("ray::ShardMaker"))
-            os.kill(candidates[int(rng.integers(len(candidates)))], signal.SIGKILL)
-        kills.append(victim)
-        print(f"kill {len(kills)}: {victim}, after {made_shards(out)} of {shards} shards", flush=True)
-    if driver.wait(timeout=10 * LIMIT_S):
-        raise SystemExit(f"the run ended with status {driver.returncode}")
+            if victim == "driver":
+                driver.kill()
+                driver.wait()
+                gone(descendants)
+                driver = run(out, shards, workers)
+            elif candidates:
+                os.kill(candidates[int(rng.integers(len(candidates)))], signal.SIGKILL)
+            else:
+                continue
+            kills.append(victim)
+            print(f"kill {len(kills)}: {victim}, after {made_shards(out)} of {shards} shards", flush=True)
+        if driver.wait():
+            raise SystemExit(f"the run ended with status {driver.returncode}")
+    finally:
+        driver.kill()
     return kills
 
 
