@@ -24,7 +24,7 @@ from head3d.run.seeding import numpy_generator
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = {"log.jsonl", "failures.jsonl", ".lock"}  # no part of the data
-LIMIT_S = 120.0  # without a new shard, after which something hangs
+LIMIT_S = 600.0  # without a new shard, after which something hangs
 
 
 def main() -> int:

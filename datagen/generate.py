@@ -88,23 +88,23 @@ def generate(config: DatagenRun) -> int:
         missing = [shard for shard in range(plan.shard_count) if not done[shard]]
         begun_with = there["versions"] if there else read_sidecar(out, "frames", done.index(True))["versions"] if any(done) else None
         gate = _Gate(functools.partial(claim_folder, out, plan, there), begun_with, config.mixed)
-        total, to_do = (sum(map(plan.shard_frames, shards)) for shards in (range(plan.shard_count), missing))
+        total, to_do = (sum(map(plan.shard_pictures, shards)) for shards in (range(plan.shard_count), missing))
         dispatch, made = Dispatch(missing, config.attempts, math.floor(config.failure_share * plan.shard_count)), 0
         if not missing:
             claim_folder(out, plan, there, begun_with)
         else:
-            bar = progress(total, "datagen", unit="frame", initial=total - to_do)
+            bar = progress(total, "datagen", unit="picture", initial=total - to_do)
             make = _in_process if config.workers == 0 else _on_ray
             with bar, out.appending("log.jsonl") as log, Ledger(plan, out) as ledger:
                 for report in make(config, out, plan, gate, dispatch, ledger):
                     made += 1
                     log(json.dumps(report._asdict()))  # who made what; no part of the data
-                    bar.update(report.frames)
+                    bar.update(report.pictures)
                     bar.set_postfix(shards=f"{plan.shard_count - len(missing) + made}/{plan.shard_count}", failed=len(dispatch.given_up))
         write_index(out)
         if config.page and (made or out.size("index.html") is None):
             write_report(out)
-    print(f"{config.out}: {plan.shard_count} shards, {total} frames of {plan.identities} identities; made {made} shards now")
+    print(f"{config.out}: {plan.shard_count} shards, {total} pictures of {plan.identities} identities; made {made} shards now")
     for shard, reason in sorted(dispatch.given_up.items()):
         print(f"  shard {shard:06d} failed: {reason}")
     if dispatch.given_up:
@@ -181,8 +181,30 @@ def _in_process(config: DatagenRun, out: Storage, plan: Plan, gate: _Gate, dispa
 
 def _on_ray(config: DatagenRun, out: Storage, plan: Plan, gate: _Gate, dispatch: Dispatch, ledger: Ledger) -> Iterator[ShardReport]:
     with _ray_session(config) as ray, _probe(out) as probe:
-        crew = Crew(ray, _posts(config, out, plan, ray.cluster_resources()), probe, gate)
-        yield from crew.make(dispatch, ledger)
+        crew, meter = Crew(ray, _posts(config, out, plan, ray.cluster_resources()), probe, gate), _meter()
+        for report in crew.make(dispatch, ledger):
+            meter(report, dispatch)
+            yield report
+
+
+def _meter() -> Callable[[ShardReport, Dispatch], None]:
+    """Counts for Ray's own metrics, which its dashboard and Prometheus show."""
+    from ray.util.metrics import Counter, Gauge
+
+    shards, pictures = Counter("headfoundry_shards", "shards made"), Counter("headfoundry_pictures", "pictures made")
+    seconds = Counter("headfoundry_seconds", "seconds of workers, by stage", tag_keys=("stage",))
+    unfinished, failed = Gauge("headfoundry_unfinished_shards", "shards to make"), Gauge("headfoundry_failed_shards", "shards given up")
+
+    def count(report: ShardReport, dispatch: Dispatch) -> None:
+        shards.inc()
+        pictures.inc(report.pictures)
+        for stage, spent in report.stages.items():
+            if spent > 0:
+                seconds.inc(spent, {"stage": stage})
+        unfinished.set(dispatch.unfinished)
+        failed.set(len(dispatch.given_up))
+
+    return count
 
 
 def _posts(config: DatagenRun, out: Storage, plan: Plan, resources: dict[str, float]) -> list[Post]:

@@ -22,7 +22,7 @@ from datagen.exclusion import Exclusion
 from datagen.labels import members_of
 from datagen.members import FAMILIES, Family, Member, Scales, ShardConfig, json_bytes, member_entries
 from datagen.reading import read_manifest
-from datagen.recipes import KINDS, Kind, RecipeConfig, deciding_settings, frame_count
+from datagen.recipes import KINDS, Kind, RecipeConfig, deciding_settings, frame_count, view_count
 from datagen.render import RenderConfig
 from datagen.shards import SCHEMA, read_sidecar, shard_name, sidecar_name
 from datagen.storage import Storage, open_storage
@@ -83,6 +83,10 @@ class Plan:
 
     def shard_frames(self, shard: int) -> int:
         return sum(frame_count(self.recipe, identity) for identity in self.shard_identities(shard))
+
+    def shard_pictures(self, shard: int) -> int:
+        """Views of all its frames."""
+        return sum(frame_count(self.recipe, identity) * view_count(self.recipe, identity) for identity in self.shard_identities(shard))
 
     def families(self, shard: int) -> tuple[Family, ...]:
         """The families that a shard has."""

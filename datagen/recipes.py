@@ -203,6 +203,13 @@ def frame_count(config: RecipeConfig, identity: int) -> int:
             return 1
 
 
+def view_count(config: RecipeConfig, identity: int) -> int:
+    """Cameras of each of an identity's motions, without drawing it."""
+    return {"dynamic": config.dynamic_views, "static": config.static_views, "motion-rich": config.motion_rich_views}[
+        kind_of(config, identity)
+    ]
+
+
 def draw_identity(config: RecipeConfig, seed: int, identity: int) -> IdentityRecipe:
     """Everything there is to know about identity number `identity` of the data set with this seed.
 
@@ -219,7 +226,7 @@ def draw_identity(config: RecipeConfig, seed: int, identity: int) -> IdentityRec
             "frames; ask for at most that many"
         )
     shape = _draw_shape(config, rng, rows)
-    views = {"dynamic": config.dynamic_views, "static": config.static_views, "motion-rich": config.motion_rich_views}[kind]
+    views = view_count(config, identity)
     motions = []
     for index in range(frame_count(config, identity)):
         clip_rng = numpy_generator(seed, "identity", identity, "clip")  # the same for all motions

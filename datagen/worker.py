@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +34,11 @@ class ShardReport(NamedTuple):
 
     shard: int
     frames: int
+    pictures: int  # views of all frames
     bytes: int
     seconds: float
+    stages: dict[str, float]  # seconds of draw, render, pack (encode, hash and write, beside rendering) and commit (flush, rename, record)
+    ended: float  # seconds since 1970
     worker: str  # host:process
 
 
@@ -47,19 +50,27 @@ def make_shard(genhead: GenHead, out: Storage, plan: Plan, shard: int) -> ShardR
     """
     started, families = time.monotonic(), plan.families(shard)
     facts = plan.sidecar_facts(shard) | {"versions": versions(plan.device, plan.rasterizer)}
+    spent = dict.fromkeys(("draw", "render", "pack", "commit"), 0.0)
     with reproducible(), contextlib.ExitStack() as stack:
-        # A stack closes in reverse order: the thread ends first; frames are entered before the other families and committed last.
+        # A stack closes in reverse order: frames are entered before the other families and committed last.
         writers = {family: stack.enter_context(write_shard(out, family, shard, facts)) for family in FAMILIES if family in families}
-        thread = stack.enter_context(OrderedThread(AHEAD))
-        for index, identity in enumerate(plan.shard_identities(shard)):
-            recipe = draw_identity(plan.recipe, plan.seed, identity)
-            rendered = render_identity(genhead, recipe, plan.render)
-            thread.put(_pack, writers, plan, shard, index, recipe, rendered)
+        with OrderedThread(AHEAD) as thread:
+            for index, identity in enumerate(plan.shard_identities(shard)):
+                with _clock(spent, "draw"):
+                    recipe = draw_identity(plan.recipe, plan.seed, identity)
+                with _clock(spent, "render"):
+                    rendered = render_identity(genhead, recipe, plan.render)
+                thread.put(_pack, spent, writers, plan, shard, index, recipe, rendered)
+        packed = time.perf_counter()
+    spent["commit"] = time.perf_counter() - packed
     return ShardReport(
         shard=shard,
         frames=len(writers["frames"].samples),
+        pictures=sum(sample["views"] for sample in writers["frames"].samples),
         bytes=sum(writer.size for writer in writers.values()),
         seconds=time.monotonic() - started,
+        stages={stage: round(seconds, 4) for stage, seconds in spent.items()},
+        ended=round(time.time(), 3),
         worker=_own_name(),
     )
 
@@ -120,7 +131,13 @@ def load_planned_generator(plan: Plan, folder: Path, device: str, rasterizer: Ba
 
 
 def _pack(
-    writers: dict[Family, ShardWriter], plan: Plan, shard: int, index: int, recipe: IdentityRecipe, rendered: RenderedIdentity
+    spent: dict[str, float],
+    writers: dict[Family, ShardWriter],
+    plan: Plan,
+    shard: int,
+    index: int,
+    recipe: IdentityRecipe,
+    rendered: RenderedIdentity,
 ) -> None:
     """Encode and write one identity, number `index` of its shard. Every family has all its samples, some of them without members."""
 
@@ -135,12 +152,21 @@ def _pack(
             raise SampleError(message, recipe.identity, motion) from error
         writers[family].add(key, files, about)
 
-    add("identities", sample_key(shard, index), rendered.shared, {"identity": recipe.identity})
-    for motion, frame in enumerate(rendered.frames):
-        key = sample_key(shard, len(writers["frames"].samples))
-        about = {"identity": recipe.identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": len(frame["rgb"])}
-        for family in ("frames", "labels"):
-            add(family, key, frame, about)
+    with _clock(spent, "pack"):
+        add("identities", sample_key(shard, index), rendered.shared, {"identity": recipe.identity})
+        for motion, frame in enumerate(rendered.frames):
+            key = sample_key(shard, len(writers["frames"].samples))
+            about = {"identity": recipe.identity, "motion": motion, "kind": recipe.kind, "split": recipe.split, "views": len(frame["rgb"])}
+            for family in ("frames", "labels"):
+                add(family, key, frame, about)
+
+
+@contextlib.contextmanager
+def _clock(spent: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds of the block to those of a stage."""
+    begun = time.perf_counter()
+    yield
+    spent[stage] += time.perf_counter() - begun
 
 
 class OrderedThread:

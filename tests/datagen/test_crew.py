@@ -56,7 +56,7 @@ class Actor:
         return self.ray.arrive(self.number) or Introduction(f"host{self.number}:1", {"device": "cpu"})
 
     def _make(self, shard):
-        return self.ray.make(self.number, shard) or ShardReport(shard, 1, 1, 0.0, f"host{self.number}:1")
+        return self.ray.make(self.number, shard) or ShardReport(shard, 1, 1, 1, 0.0, {}, 0.0, f"host{self.number}:1")
 
 
 class FakeRay:

@@ -57,6 +57,17 @@ def test_a_set_holds_the_plan(tmp_path, run_of):
     assert not list(out.rglob(".tmp-*"))
 
 
+def test_the_log_says_who_made_what_and_where_the_time_went(tmp_path, run_of):
+    generate(run_of(tmp_path / "set"))
+    reports = [json.loads(line) for line in (tmp_path / "set" / "log.jsonl").read_text().splitlines()]
+    assert [(report["shard"], report["frames"], report["pictures"]) for report in reports] == [(0, 3, 8), (1, 3, 8), (2, 1, 2)]
+    for report in reports:
+        stages = report["stages"]
+        assert set(stages) == {"draw", "render", "pack", "commit"} and min(stages.values()) > 0
+        assert stages["draw"] + stages["render"] + stages["commit"] <= report["seconds"] + 0.01, "packing runs beside rendering"
+    assert [report["ended"] for report in reports] == sorted(report["ended"] for report in reports)
+
+
 def test_two_workers_one_of_them_killed_and_one_worker_give_the_bytes_of_none(tmp_path, run_of, data_files, undisturbed, ray, monkeypatch):
     """The whole promise in one test, because starting workers is what takes time here."""
     killed, make = [], farm.Crew.make
