@@ -12,7 +12,7 @@ export PYTHONUNBUFFERED = 1
 
 # Renewed when the pinned versions or the package's own description change; written last, so a broken-off set-up is taken up again.
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' -)
-STAGES := demo head-page portraits genhead plan datagen verify survey reconstructor evaluate drive report import-published bench
+STAGES := demo head-page portraits genhead plan datagen verify survey reconstructor perception evaluate drive report import-published bench
 # CONFIG if given, else configs/<stage>_tiny.yaml where there is one
 SETTINGS = $(or $(CONFIG),$(wildcard configs/$(subst -,_,$@)_tiny.yaml))
 
@@ -47,6 +47,7 @@ datagen: ## produce labelled multi-view shards
 verify: ## check a folder of shards: make verify ARGS=DIR
 survey: ## look at a folder of shards on one page: make survey ARGS="DIR --exclude FILE"
 reconstructor: ## train the one-shot reconstructor
+perception: ## train a measurement network and an image motion encoder
 evaluate: ## measure a reconstructor on held-out identities, or a generator
 drive: ## animate one picture with a sequence of motions
 report: ## gather a run into one page: make report ARGS=DIR

@@ -17,13 +17,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from head3d.run.checkpoint import fill_weights
 from head3d.run.errors import AssetError
-from head3d.run.pickles import read_torch
+from head3d.run.pickles import read_state_dict
 
 Network = Literal["fid", "torchvision"]
 CLASSES: dict[Network, int] = {"fid": 1008, "torchvision": 1000}
@@ -196,7 +194,8 @@ def prepare(pictures: Tensor) -> Tensor:
 
 def read_inception(path: Path) -> tuple[Network, Inception]:
     """The network that a file's tensors are of, filled with them. Raises AssetError naming the file and the tensors that do not fit."""
-    weights = _read_tensors(path)
+    tensors = read_state_dict(path, REMEDY)
+    weights = {name: value for name, value in tensors.items() if not name.startswith("AuxLogits.")}  # which only training uses
     classes = weights["fc.bias"].numel() if "fc.bias" in weights else None
     network = next((name for name, count in CLASSES.items() if count == classes), None)
     if network is None:
@@ -211,23 +210,3 @@ def read_inception(path: Path) -> tuple[Network, Inception]:
     if broken:
         raise AssetError(f"{path}: expected finite weights, got others in {', '.join(broken[:3])}; download the file again")
     return network, inception
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, but for the auxiliary classifier, which only training uses."""
-    if not path.is_file():
-        raise AssetError(f"{path}: there is no such file; {REMEDY}")
-    match path.suffix:
-        case ".pt" | ".pth":
-            with path.open("rb") as file:
-                content = read_torch(file, path, "a state dict needs only torch's tensors", REMEDY)
-        case ".safetensors":
-            try:
-                content = load_file(path)
-            except (SafetensorError, OSError) as error:
-                raise AssetError(f"{path}: expected a safetensors file: {error}; download it again") from error
-        case suffix:
-            raise AssetError(f"{path}: expected a file that ends in .pt, .pth or .safetensors, got {suffix!r}; {REMEDY}")
-    if not isinstance(content, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        raise AssetError(f"{path}: expected a state dict (tensors by name), got a {type(content).__name__}; {REMEDY}")
-    return {name: value for name, value in content.items() if not name.startswith("AuxLogits.")}

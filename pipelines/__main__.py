@@ -33,6 +33,7 @@ COMMANDS = {
     "verify": Command("pipelines.verify", "check a folder of shards and re-render samples from their recipes"),
     "survey": Command("pipelines.survey", "look at a folder of shards on one page, and exclude what should not be read"),
     "reconstructor": Command("pipelines.reconstructor", "train the one-shot reconstructor on shards"),
+    "perception": Command("pipelines.perception", "train a measurement network and a motion encoder on shards"),
     "evaluate": Command("pipelines.evaluate", "measure a reconstructor on held-out identities, or a generator"),
     "drive": Command("pipelines.drive", "animate one picture with a sequence of motions"),
     "report": Command("pipelines.report", "gather a run's pictures, curves and numbers into one page"),

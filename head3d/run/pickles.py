@@ -24,6 +24,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from head3d.run.errors import AssetError
 
@@ -270,3 +273,26 @@ def read_torch(file: BinaryIO, path: Path, needs: str, remedy: str) -> Any:
             ) from None
         first_line = str(error).strip().split("\n")[0]
         raise AssetError(f"{path}: not readable tensors of torch ({type(error).__name__}: {first_line}); download it again") from error
+
+
+def read_state_dict(path: Path, remedy: str) -> dict[str, Tensor]:
+    """Tensors by name from a .pt, .pth or .safetensors file, on the CPU.
+
+    Raises AssetError naming the file, what it is instead, and `remedy`.
+    """
+    if not path.is_file():
+        raise AssetError(f"{path}: there is no such file; {remedy}")
+    match path.suffix:
+        case ".pt" | ".pth":
+            with path.open("rb") as file:
+                content = read_torch(file, path, "a state dict needs only torch's tensors", remedy)
+        case ".safetensors":
+            try:
+                content = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise AssetError(f"{path}: expected a safetensors file: {error}; download it again") from error
+        case suffix:
+            raise AssetError(f"{path}: expected a file that ends in .pt, .pth or .safetensors, got {suffix!r}; {remedy}")
+    if not isinstance(content, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        raise AssetError(f"{path}: expected a state dict (tensors by name), got a {type(content).__name__}; {remedy}")
+    return content

@@ -13,7 +13,7 @@ from datagen.members import ShardConfig
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig
 from genhead.generator import EXPORT_KIND, GenHead, GenHeadConfig, GenHeadExport
-from head3d.head_model import load_head_model
+from head3d.head_model import HeadModel, load_head_model
 from head3d.run.checkpoint import export_model
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from reconstructor.architectures.portrait4d import Portrait4DConfig
@@ -83,11 +83,17 @@ class World(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_genhead: Callable[[int], GenHeadConfig]) -> World:
+def built_in_head() -> HeadModel:
+    """The built-in head, computed once."""
+    return load_head_model(None)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_genhead: Callable[[int], GenHeadConfig], built_in_head: HeadModel) -> World:
     """An exported generator and shards of 8 identities: half static; of each kind one is held out for test and one for validation."""
     folder = tmp_path_factory.mktemp("world")
     with weights_drawn_from(torch_generator(1, "world")):
-        genhead = GenHead(tiny_genhead(32), load_head_model(None))
+        genhead = GenHead(tiny_genhead(32), built_in_head)
     export_model(
         folder / "generator",
         genhead.weights(),
