@@ -12,7 +12,7 @@ export PYTHONUNBUFFERED = 1
 
 # Renewed when the pinned versions or the package's own description change; written last, so a broken-off set-up is taken up again.
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' -)
-STAGES := demo head-page portraits genhead plan datagen verify survey reconstructor perception evaluate drive report import-published bench
+STAGES := demo head-page portraits genhead plan datagen verify survey describe reconstructor perception evaluate drive report import-published bench
 # CONFIG if given, else configs/<stage>_tiny.yaml where there is one
 SETTINGS = $(or $(CONFIG),$(wildcard configs/$(subst -,_,$@)_tiny.yaml))
 
@@ -46,6 +46,7 @@ plan: ## forecast hours, bytes and cost of a large data set: make plan ARGS="--m
 datagen: ## produce labelled multi-view shards
 verify: ## check a folder of shards: make verify ARGS=DIR
 survey: ## look at a folder of shards on one page: make survey ARGS="DIR --exclude FILE"
+describe: ## croissant.json and a data card for a folder of shards: make describe ARGS=DIR
 reconstructor: ## train the one-shot reconstructor
 perception: ## train a measurement network and an image motion encoder
 evaluate: ## measure a reconstructor on held-out identities, or a generator

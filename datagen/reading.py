@@ -41,9 +41,9 @@ class ShardDataset:
     def __init__(self, storage: Storage, manifest: dict[str, Any], index: Index, checksums: bool) -> None:
         self.storage, self.manifest, self.checksums = storage, manifest, checksums
         self.scales = Scales(manifest["depth"]["near"], manifest["depth"]["far"], manifest["box_side"])
-        self._members = read_member_entries(manifest["members"], storage.where("dataset.json"))
+        self.members = read_member_entries(manifest["members"], storage.where("dataset.json"))
         self._image_format = manifest["settings"]["shards"]["image_format"]
-        self._tars = {name: Tar(name, *facts) for name, facts in index.tars().items()}
+        self.tars = {name: Tar(name, *facts) for name, facts in index.tars().items()}
         self._cache: ShardCache | None = None
         self.excluded = Exclusion.from_manifest(manifest, storage.where("dataset.json"))
         self.frames: Sequence[FrameEntry] = Frames(index, self.excluded)
@@ -65,7 +65,7 @@ class ShardDataset:
         if self._cache is None:
             return None
         sizes = collections.Counter()
-        for tar in self._tars.values():
+        for tar in self.tars.values():
             sizes[tar.name.rpartition("/")[2]] += tar.size
         together = sum(sorted(sizes.values())[-shards:])
         if together > self._cache.limit:
@@ -74,7 +74,7 @@ class ShardDataset:
                 f"a time, up to {together / 1e9:.3g}; give the cache more room, or lower batches.shuffle_window"
             )
         return FetchAhead(
-            self._cache, ((sample, {self._tars[frame.members[name].tar] for name in members}) for sample, frame, members in wanted)
+            self._cache, ((sample, {self.tars[frame.members[name].tar] for name in members}) for sample, frame, members in wanted)
         )
 
     def read(self, entry: FrameEntry, members: Sequence[str], dequantised: bool = True) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class ShardDataset:
             data = self._bytes_of(tar, offset, size)
         if self.checksums and zlib.crc32(data) != checksum:
             raise DataError(f"{where}: the checksum does not match, so bytes have changed; {remedy(path)}")
-        member = self._members["rgb.{view}" if name.startswith("rgb.") else name]
+        member = self.members["rgb.{view}" if name.startswith("rgb.") else name]
         try:
             value = decode(data, member.extension(self._image_format))
         except ValueError as error:
@@ -109,7 +109,7 @@ class ShardDataset:
 
     def _bytes_of(self, tar: str, offset: int, size: int) -> bytes | memoryview:
         if self._cache is not None or isinstance(self.storage, LocalFolder):
-            return memoryview(self._map(self._tars[tar]))[offset : offset + size]
+            return memoryview(self._map(self.tars[tar]))[offset : offset + size]
         try:
             return self.storage.read(tar, offset, offset + size)
         except FileNotFoundError as error:
@@ -134,7 +134,7 @@ class ShardDataset:
             if len(self._maps) > _OPEN_FILES:
                 self._maps.popitem(last=False)  # unmapped when the last reader lets go of it
             if self._cache is not None:  # a copy that went takes up room until nobody maps it
-                for name in [name for name in self._maps if not self._cache.holds(self._tars[name])]:
+                for name in [name for name in self._maps if not self._cache.holds(self.tars[name])]:
                     del self._maps[name]
         return mapped
 
@@ -142,7 +142,7 @@ class ShardDataset:
         """Drop a damaged copy."""
         with self._lock:
             self._maps.pop(tar, None)
-            self._cache.drop(self._tars[tar])
+            self._cache.drop(self.tars[tar])
 
     def _forget_maps(self) -> None:
         self._maps: collections.OrderedDict[str, mmap.mmap] = collections.OrderedDict()

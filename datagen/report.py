@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +91,27 @@ def report_text(dataset: ShardDataset) -> str:
 
 
 def _summary(dataset: ShardDataset, found: Survey) -> str:
-    manifest, frames = dataset.manifest, dataset.frames
-    counts = collections.Counter((frame.split, frame.kind) for frame in frames)
-    people = collections.defaultdict(set)
-    for frame in frames:
-        people[frame.split, frame.kind].add(frame.identity)
-    images = collections.Counter()
-    for frame in frames:
-        images[frame.split, frame.kind] += frame.views
-    rows = [(split, kind, len(people[split, kind]), counts[split, kind], images[split, kind]) for split, kind in sorted(counts)]
-    rows.append(("all", "", len({frame.identity for frame in frames}), len(frames), sum(images.values())))
-    made = len({frame.shard for frame in frames})
+    manifest = dataset.manifest
+    made = sum(name.startswith("frames/") for name in dataset.tars)
     note = (
-        f"{made} of {manifest['plan']['shards']} shards hold frames that are read; {dataset.excluded_count} frames are excluded. Settings "
+        f"{made} of {manifest['plan']['shards']} shards are finished; {dataset.excluded_count} frames are excluded. Settings "
         f"{manifest['config_hash']}, generator {manifest['generator']['hash']}, licence: {manifest['licence']}. "
         f"What follows was measured on {len(found.frames)} frames of {found.shards} shards, drawn by the set's own hash."
     )
-    return section("What is here", note, table(("split", "kind", "people", "frames", "pictures"), rows))
+    return section("What is here", note, table(("split", "kind", "people", "frames", "pictures"), count_rows(dataset.frames)))
+
+
+def count_rows(frames: Sequence[FrameEntry]) -> list[tuple[str, str, int, int, int]]:
+    """(split, kind, people, frames, pictures), and a line for all."""
+    people: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
+    counts, pictures = collections.Counter(), collections.Counter()
+    for frame in frames:
+        place = frame.split, frame.kind
+        people[place].add(frame.identity)
+        counts[place] += 1
+        pictures[place] += frame.views
+    rows = [(*place, len(people[place]), counts[place], pictures[place]) for place in sorted(counts)]
+    return [*rows, ("all", "", sum(row[2] for row in rows), len(frames), sum(pictures.values()))]
 
 
 def _people(dataset: ShardDataset, found: Survey) -> str:

@@ -32,6 +32,7 @@ COMMANDS = {
     "datagen": Command("pipelines.datagen", "produce labelled multi-view shards with a trained generator"),
     "verify": Command("pipelines.verify", "check a folder of shards and re-render samples from their recipes"),
     "survey": Command("pipelines.survey", "look at a folder of shards on one page, and exclude what should not be read"),
+    "describe": Command("pipelines.describe", "write croissant.json and a data card for a folder of shards"),
     "reconstructor": Command("pipelines.reconstructor", "train the one-shot reconstructor on shards"),
     "perception": Command("pipelines.perception", "train a measurement network and a motion encoder on shards"),
     "evaluate": Command("pipelines.evaluate", "measure a reconstructor on held-out identities, or a generator"),

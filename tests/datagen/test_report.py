@@ -30,7 +30,7 @@ def test_the_page_shows_people_maps_turning_heads_and_distributions(folder):
     text = report_text(open_dataset(folder))
     for heading in ("What is here", "People", "Maps", "Turntable", "Distributions", "Outliers", "Sizes by field", "Throughput by worker"):
         assert f"<h2>{heading}</h2>" in text
-    assert "3 of 3 shards hold frames" in text and "measured on 7 frames of 3 shards" in text
+    assert "3 of 3 shards are finished" in text and "measured on 7 frames of 3 shards" in text
     assert "<td>all</td><td></td><td>5</td><td>7</td><td>18</td>" in text  # people, frames, pictures
     for caption in ("colour", "opacity", "parts", "depth"):
         assert f"<figcaption>{caption}</figcaption>" in text

@@ -138,7 +138,7 @@ def test_make_help_lists_every_target():
     targets = set(re.findall(r"^  make ([a-z-]+) +\S", shown, re.MULTILINE))
     assert targets == {
         "help", "install", "demo", "test", "test-gpu", "lint", "bench", "head-page", "portraits", "genhead", "plan", "datagen",
-        "verify", "survey",
+        "verify", "survey", "describe",
         "reconstructor", "perception", "evaluate", "drive", "report", "import-published",
     }  # fmt: skip
 
