@@ -27,12 +27,14 @@ from head3d.run.files import atomic_folder, sha256_of_file, write_atomic
 from head3d.run.runlog import progress
 from head3d.surface import SurfaceConfig, save_mesh
 from reconstructor.avatar import Avatar
-from reconstructor.drivers import MotionReader, Pictures, drives_by_pictures, open_pictures, sequence_of
+from reconstructor.drivers import MotionReader, Pictures, drives_by_pictures, open_pictures, perception_reader, sequence_of
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport, load_reconstructor
+from reconstructor.perception import load_perception
 from reconstructor.sequences import Sequence, built_in, from_file, of_labels, orbiting
 from reconstructor.sources import ASTRONAUT, Crop, Source, held_out_frames, read_photograph, read_sample
 
 DEFAULT_FPS = 25.0
+NOT_RECORDED = ("out", "reconstructor", "perception", "shards", "batch")  # settings that change nothing, or stand in the record as hashes
 Output = Literal["video", "frames", "sheet", "mesh"]
 
 
@@ -66,6 +68,7 @@ class DriveRun:
     # pictures: a video file, a folder, or the number of a camera
     motion: str = "built-in"
     motion_count: PositiveInt = 8  # motions taken for motion "shard"
+    perception: Path | None = None  # exported perception network that reads the motion of such pictures
     most_frames: PositiveInt = 250  # of a video, folder or camera as driver
     shards: str = "runs/datagen"  # data set (folder or URL), read for source or motion "shard" only
     frames_between: PositiveInt = 12  # frames from one key motion to the next; files and pictures are played as they are
@@ -83,18 +86,21 @@ class DriveRun:
 def drive(config: DriveRun, reader: MotionReader | None = None) -> int:
     """Write what is asked for and, last, drive.json. Returns the exit status, 0; what is done already is not done again.
 
-    `reader` reads motion off pictures. Raises DataError or ConfigError for unusable input.
+    `reader` reads motion off pictures; None = the perception network of the settings. Raises DataError or ConfigError for unusable input.
     """
     record = {
         "reconstructor": exported_hash(config.reconstructor),
         "inputs": _inputs(config),
-        "settings": {key: value for key, value in to_dict(config).items() if key not in ("out", "reconstructor", "shards", "batch")},
+        "settings": {key: value for key, value in to_dict(config).items() if key not in NOT_RECORDED},
     }
     written = _paths(config)
     if not config.motion.isdecimal() and _made_before(config.out / "drive.json", record, written):
         print(f"{config.out}: made before, with the same settings")
         return 0
     model = load_reconstructor(config.reconstructor, "cuda" if torch.cuda.is_available() else "cpu")
+    if reader is None and config.perception is not None and drives_by_pictures(config.motion):
+        network = load_perception(config.perception, None, next(model.parameters()).device)
+        reader = perception_reader(network, model.architecture.config.motion_dim)
     dataset = open_dataset(config.shards) if "shard" in (config.source, config.motion) else None
     source = read_source(config, dataset)
     sequence, fps = read_sequence(config, dataset, model, reader)
@@ -136,7 +142,7 @@ def _made_before(finished: Path, record: dict, written: list[Path]) -> bool:
 
 def _inputs(config: DriveRun) -> dict[str, str]:
     """Hashes of what the settings only name: files, a folder of pictures, the data set."""
-    found = {}
+    found = {} if config.perception is None else {"perception": exported_hash(config.perception)}
     for name, value in (("source", config.source), ("source_label", str(config.source_label)), ("motion", config.motion)):
         if value == "shard":
             found["shards"] = read_manifest(config.shards)["config_hash"]
@@ -227,8 +233,8 @@ def _read_pictures(config: DriveRun, pictures: Pictures, model: Reconstructor, r
         size = model.architecture.config.motion_dim
         reads = f"FLAME motion ({size} numbers: expression, jaw, eyes)" if size == MOTION_VECTOR_SIZE else f"{size} numbers off pictures"
         raise ConfigError(
-            f"motion {config.motion}: it is pictures, and there is no network yet that reads motion off pictures; this reconstructor takes "
-            f"{reads}. Give FLAME motions (a .npz or .npy file, 'built-in' or 'shard'), or call drive() with a reader of your own"
+            f"motion {config.motion}: it is pictures, and this reconstructor takes {reads}; give a network that reads them with "
+            "--perception DIR (made by the perception command), or FLAME motions (a .npz or .npy file, 'built-in' or 'shard')"
         )
     device = next(model.parameters()).device
     return sequence_of(pictures, reader, config.most_frames, model.architecture.config.image_resolution, device)

@@ -282,13 +282,13 @@ class PerceptionExport:
     network: PerceptionConfig = PerceptionConfig()  # widths
 
 
-def load_perception(folder: Path | str, role: Role, device: torch.device | str = "cpu") -> Perception:
-    """The exported network in `folder`, in evaluation mode without gradients into its weights.
+def load_perception(folder: Path | str, role: Role | None, device: torch.device | str = "cpu") -> Perception:
+    """The exported network in `folder`, in evaluation mode without gradients into its weights; role None takes either.
 
     Raises AssetError if a file is missing, damaged or does not fit, or the network was trained for another role.
     """
     weights, config = load_exported(folder, PerceptionExport, EXPORT_KIND)
-    if config.role != role:
+    if role is not None and config.role != role:
         raise AssetError(
             f"{folder}: expected a perception network trained with --role {role}, got {config.role}; what a reconstructor was trained "
             f"to please must not judge it. Train the other one with `headfoundry perception --role {role} --out DIR`"

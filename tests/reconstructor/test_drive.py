@@ -13,11 +13,15 @@ from PIL import Image
 from datagen.reading import open_dataset
 from head3d.cameras import frontal, orbit
 from head3d.labels import Motion
+from head3d.run.checkpoint import export_model
 from head3d.run.errors import ConfigError, DataError
+from head3d.run.seeding import torch_generator, weights_drawn_from
 from head3d.surface import SurfaceConfig
 from reconstructor.drive import DriveRun, MeshConfig, drive, read_sequence, read_source
-from reconstructor.drivers import PictureMotion, camera_of_rotation, open_pictures
+from reconstructor.drivers import PictureMotion, camera_of_rotation, open_pictures, perception_reader
 from reconstructor.model import load_reconstructor
+from reconstructor.perception import EXPORT_KIND as PERCEPTION
+from reconstructor.perception import Perception, PerceptionConfig, PerceptionExport, TrunkConfig
 from reconstructor.train import train
 
 
@@ -165,11 +169,44 @@ def test_a_turned_head_is_seen_by_a_camera_that_went_around_it():
 
 def test_pictures_without_a_network_that_reads_them_are_an_error(exported, tmp_path):
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "a.png")
-    with pytest.raises(
-        ConfigError, match=r"no network yet that reads motion off pictures; this reconstructor takes FLAME motion \(109 numbers"
-    ):
+    with pytest.raises(ConfigError, match=r"this reconstructor takes FLAME motion \(109 numbers.*give a network .* with --perception DIR"):
         drive(DriveRun(out=tmp_path / "out", reconstructor=exported, motion=str(tmp_path)))
     assert not (tmp_path / "out").exists()
+
+
+def tiny_perception():
+    trunk = TrunkConfig(16, 8, (1, 1))
+    config = PerceptionConfig(trunk=trunk, identity_size=4, hidden=4, motion_trunk=trunk, motion_directions=4, motion_hidden=4)
+    with weights_drawn_from(torch_generator("tiny perception")):
+        return Perception(config)
+
+
+def test_the_perception_network_reads_flame_motion_or_the_image_motion_vector():
+    network = tiny_perception()
+    pictures = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    flame, vectors = perception_reader(network, 109)(pictures), perception_reader(network, 548)(pictures)
+    assert torch.equal(flame.vector, flame.motion.vector()) and torch.equal(flame.motion.expression, network.read(pictures).expression)
+    assert torch.equal(flame.rotation, vectors.rotation) and torch.equal(vectors.vector, network.motion(pictures))
+    assert not vectors.vector.requires_grad and not flame.motion.neck_pose.any()
+    with pytest.raises(ConfigError, match=r"vectors of 109 numbers \(FLAME\) or 548 \(image motion\), this reconstructor takes 110"):
+        perception_reader(network, 110)
+
+
+def test_pictures_drive_through_an_exported_perception_network(exported, tmp_path):
+    network = tiny_perception()
+    export_model(tmp_path / "perception", network.state_dict(), PerceptionExport(network=network.config), PERCEPTION, 1)
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(tmp_path / "pictures" / "a.png")
+    settings = DriveRun(
+        out=tmp_path / "out",
+        reconstructor=exported,
+        motion=str(tmp_path / "pictures"),
+        perception=tmp_path / "perception",
+        outputs=("frames",),
+    )
+    assert drive(settings) == 0
+    assert [path.name for path in (tmp_path / "out" / "frames").iterdir()] == ["000000.png"]
+    assert "perception" in json.loads((tmp_path / "out" / "drive.json").read_text())["inputs"]
 
 
 def test_a_camera_that_is_not_there_and_files_that_are_no_video_are_errors(tmp_path):
