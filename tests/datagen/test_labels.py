@@ -370,6 +370,21 @@ def test_more_points_than_ray_samples_is_an_error_with_a_remedy(tiny, recipe):
         render_identity(tiny, recipe, RenderConfig(points=16 * 16 * 6 + 1))
 
 
+@pytest.mark.gpu
+def test_labels_made_on_a_gpu_are_those_of_the_cpu(generator, recipe, rendered):
+    """Of the mesh to rounding; of the rendering, whose half-precision blocks and order of sums differ, as maps."""
+    with reproducible():
+        again = render_identity(load_genhead(generator, "cuda"), recipe, EVERYTHING)
+    frame, other = rendered.frames[0], again.frames[0]
+    assert {name: (value.shape, value.dtype) for name, value in other.items() if name != "json"} == {
+        name: (value.shape, value.dtype) for name, value in frame.items() if name != "json"
+    }
+    for name in ("landmarks", "gaze", "gaze_camera", "label"):
+        np.testing.assert_allclose(other[name], frame[name], atol=1e-4, err_msg=name)
+    for name, allowed in (("opacity", 0.05), ("depth", 0.05), ("foreground", 0.05)):
+        assert np.abs(other[name] - frame[name]).mean() < allowed, name
+
+
 # Motion-rich identities -------------------------------------------------------------------------------------------------------
 
 
