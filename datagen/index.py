@@ -179,6 +179,18 @@ class Frames(Sequence[FrameEntry]):
             if row is not None:
                 kept[row] = False
         self._rows = np.flatnonzero(kept).astype(np.int32)
+        self._others = {  # [N] the row of each frame's sample in the other families; -1 where there is none
+            "labels": self._tables["labels"].rows(frames),
+            "identities": self._tables["identities"].rows_of_identities(self._facts["identity"]),
+        }
+        tables = [frames, *(self._tables[family] for family in self._others)]
+        rows = [np.arange(len(kept)), *self._others.values()]
+        layouts = [table.layouts(at) for table, at in zip(tables, rows, strict=True)]
+        kinds, self._kind = np.unique(np.stack(layouts, axis=1), axis=0, return_inverse=True)  # [N] which list of members
+        self._names = [
+            {name: None for table, layout in zip(tables, kind, strict=True) if layout >= 0 for name in table.names[layout]}
+            for kind in kinds.tolist()
+        ]
         self.excluded = int(len(kept) - len(self._rows))
 
     def __len__(self) -> int:
@@ -205,20 +217,14 @@ class Frames(Sequence[FrameEntry]):
             _Members(self, row),
         )
 
+    def names(self, row: int) -> dict[str, None]:
+        """The members of the frame in one row of the frames' columns, in a fixed order: its own, its labels' and its identity's."""
+        return self._names[self._kind.item(row)]
+
     def places(self, row: int) -> dict[str, Place]:
-        """The members of the frame in one row of the frames' columns: its own, its labels' and its identity's."""
-        return {name: place for table, at in self._rows_of(row) for name, place in table.members(at)}
-
-    def names(self, row: int) -> Iterator[str]:
-        """The names of those members, which takes less time."""
-        for table, at in self._rows_of(row):
-            yield from table.names(at)
-
-    def _rows_of(self, row: int) -> Iterator[tuple[_Table, int]]:
-        """The tables that hold something of a frame, each with the row."""
-        frames, labels, identities = (self._tables[family] for family in ("frames", "labels", "identities"))
-        rows = (row, labels.row(*frames.position(row)), identities.row_of_identity(self._facts["identity"].item(row)))
-        return ((table, at) for table, at in zip((frames, labels, identities), rows, strict=True) if at is not None)
+        """Where they lie."""
+        rows = {"frames": row} | {family: rows.item(row) for family, rows in self._others.items()}
+        return {name: place for family, at in rows.items() if at >= 0 for name, place in self._tables[family].members(at)}
 
 
 class _Members(Mapping[str, Place]):
@@ -238,10 +244,10 @@ class _Members(Mapping[str, Place]):
         return name in self._frames.names(self._row)
 
     def __iter__(self) -> Iterator[str]:
-        return self._frames.names(self._row)
+        return iter(self._frames.names(self._row))
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._frames.names(self._row))
 
 
 class _Table:
@@ -249,11 +255,11 @@ class _Table:
 
     def __init__(self, index: Index, family: Family) -> None:
         self._family = family
-        self._names = [[asked_name(family, extension) for extension in layout] for layout in index.words["layout"]]
+        self.names = [[asked_name(family, extension) for extension in layout] for layout in index.words["layout"]]
         self._identity, self._layout, self._size, self._checksum, self._shards, samples = (
             index.columns[f"{family}/{name}"] for name in ("identity", "layout", "size", "checksum", "shard", "samples")
         )
-        counts = np.array([len(names) for names in self._names], np.int64)[self._layout] if len(self._layout) else self._layout
+        counts = np.array([len(names) for names in self.names], np.int64)[self._layout] if len(self._layout) else self._layout
         self._first_row = _starts(samples)  # [S + 1]
         self._first_member = _starts(counts)  # [N + 1]
         self._shard_at = np.repeat(np.arange(len(samples), dtype=np.int32), samples)  # [N] index into the shards
@@ -273,19 +279,30 @@ class _Table:
         row = self._first_row.item(at) + place
         return row if row < self._first_row.item(at + 1) else None
 
-    def row_of_identity(self, identity: int) -> int | None:
-        """The sample of an identity, where every identity has one and they ascend."""
-        row = int(np.searchsorted(self._identity, identity))
-        return row if row < len(self._identity) and self._identity[row] == identity else None
+    def rows(self, frames: _Table) -> np.ndarray:
+        """The rows [N] of the samples with the keys of `frames`; -1 where there is none."""
+        if not len(self._shards):
+            return np.full(len(frames._layout), -1, np.int32)
+        at = np.searchsorted(self._shards, frames._shards).clip(max=len(self._shards) - 1)  # of the shards of `frames`
+        first = np.where(self._shards[at] == frames._shards, self._first_row[at] - frames._first_row[:-1], -(2**31))
+        rows = np.arange(len(frames._layout)) + first[frames._shard_at]
+        return np.where((rows >= 0) & (rows < self._first_row[at + 1][frames._shard_at]), rows, -1).astype(np.int32)
 
-    def names(self, row: int) -> list[str]:
-        """The members of a sample as they are asked for."""
-        return self._names[self._layout.item(row)]
+    def rows_of_identities(self, identities: np.ndarray) -> np.ndarray:
+        """The rows of the samples of identities, where every identity has one and they ascend; -1 where there is none."""
+        if not len(self._identity):
+            return np.full(len(identities), -1, np.int32)
+        rows = np.searchsorted(self._identity, identities).clip(max=len(self._identity) - 1)
+        return np.where(self._identity[rows] == identities, rows, -1).astype(np.int32)
+
+    def layouts(self, rows: np.ndarray) -> np.ndarray:
+        """Which list of names the samples in `rows` have; -1 where the row is."""
+        return np.where(rows >= 0, self._layout[rows].astype(np.int32), -1) if len(self._layout) else np.full(len(rows), -1, np.int32)
 
     def members(self, row: int) -> Iterator[tuple[str, Place]]:
         """Name and place of each member of a sample."""
         tar, offset, first = shard_name(self._family, self.position(row)[0]), self._byte.item(row), self._first_member.item(row)
-        for number, name in enumerate(self.names(row), first):
+        for number, name in enumerate(self.names[self._layout.item(row)], first):
             size = self._size.item(number)
             yield name, Place(tar, offset + BLOCK, size, self._checksum.item(number))
             offset += BLOCK + _padded(size)

@@ -56,7 +56,7 @@ class ShardDataset:
         dataset._cache = cache
         return dataset
 
-    def fetch_ahead(self, wanted: Iterable[tuple[int, FrameEntry, Iterable[str]]], shards: int) -> FetchAhead | None:
+    def fetch_ahead(self, wanted: Iterable[tuple[int, FrameEntry, frozenset[str]]], shards: int) -> FetchAhead | None:
         """A thread that fetches what will be read into the cache; none if there is no cache.
 
         wanted: (sample, frame, members), endless and ascending, of which `shards` shards are read at a time. Raises ConfigError if the
@@ -73,9 +73,15 @@ class ShardDataset:
                 f"cache.gigabytes: {self._cache.limit / 1e9:g} cannot hold the {shards} shards of {self.storage.where()} that are read at "
                 f"a time, up to {together / 1e9:.3g}; give the cache more room, or lower batches.shuffle_window"
             )
-        return FetchAhead(
-            self._cache, ((sample, {self.tars[frame.members[name].tar] for name in members}) for sample, frame, members in wanted)
-        )
+        known: dict[tuple[int, frozenset[str]], set[Tar]] = {}  # the frames of a shard lie in the same files
+
+        def tars(frame: FrameEntry, members: frozenset[str]) -> set[Tar]:
+            key = frame.shard, members
+            if key not in known:
+                known[key] = {self.tars[frame.members[name].tar] for name in members}
+            return known[key]
+
+        return FetchAhead(self._cache, ((sample, tars(frame, members)) for sample, frame, members in wanted))
 
     def read(self, entry: FrameEntry, members: Sequence[str], dequantised: bool = True) -> dict[str, Any]:
         """Members of one frame by name: 'rgb.0', 'opacity', 'label', 'depth', 'json', 'identity.background', ...

@@ -328,9 +328,8 @@ class RemoteFolder:
     def _connect(self) -> tuple[fsspec.AbstractFileSystem, str]:
         if self._connection is None or self._connection[0] != os.getpid():
             protocol = _protocol(self.address)
-            options = {
-                name: value for name, value in _OPTIONS.get(protocol, {}).items() if name not in fsspec.config.conf.get(protocol, {})
-            }
+            users = fsspec.config.conf.get(protocol, {})
+            options = {name: value | users.get(name, {}) for name, value in _OPTIONS.get(protocol, {}).items()}
             filesystem, root = fsspec.core.url_to_fs(self.address, use_listings_cache=False, **options)
             if hasattr(filesystem, "retries"):
                 filesystem.retries = 1

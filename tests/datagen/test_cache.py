@@ -165,7 +165,7 @@ def remote(tmp_path, undisturbed):
 
 def test_a_data_set_is_the_same_through_a_cache_of_any_size(remote, tmp_path):
     dataset = open_dataset(remote)
-    largest = max(tar.size for tar in dataset._tars.values())
+    largest = max(tar.size for tar in dataset.tars.values())
     for name, limit in (("small", largest), ("large", 10**9)):
         cached = dataset.through(ShardCache(remote, tmp_path / name, limit))
         for entry in [*dataset.frames, *reversed(dataset.frames)]:
@@ -188,7 +188,7 @@ def test_a_copy_that_went_is_let_go_of(remote, tmp_path):
     cache = ShardCache(remote, tmp_path / "cache", 10**9)
     dataset = open_dataset(remote).through(cache)
     dataset.read(dataset.frames[0], ["label"])
-    first = dataset._tars["frames/000000.tar"]
+    first = dataset.tars["frames/000000.tar"]
     cache.drop(first)
     dataset.read(dataset.frames[-1], ["label"])
     assert list(dataset._maps) == ["frames/000002.tar"]
@@ -199,7 +199,7 @@ def test_a_copy_that_went_is_let_go_of(remote, tmp_path):
 def test_a_cache_that_cannot_hold_what_is_read_at_a_time_is_refused(remote, tmp_path):
     dataset = open_dataset(remote)
     shards = sorted(
-        sum(dataset._tars[f"{family}/{shard:06d}.tar"].size for family in ("frames", "labels", "identities")) for shard in range(3)
+        sum(dataset.tars[f"{family}/{shard:06d}.tar"].size for family in ("frames", "labels", "identities")) for shard in range(3)
     )
     assert dataset.fetch_ahead([], 2) is None
     cached = dataset.through(ShardCache(remote, tmp_path / "cache", sum(shards[1:]) - 1))

@@ -1,14 +1,15 @@
 """Training from a bucket is training from a folder."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
 
 from datagen.cache import CacheConfig, ShardCache, open_cache
 from datagen.reading import open_dataset
-from datagen.storage import open_storage
-from head3d.run.errors import ConfigError
+from datagen.storage import Patience, RemoteFolder, open_storage
+from head3d.run.errors import ConfigError, DataError
 from reconstructor.batches import BatchConfig, BatchStream
 from reconstructor.losses import LossConfig, members_needed
 from reconstructor.train import train
@@ -41,7 +42,7 @@ def same(ours, theirs):
 def test_batches_from_a_bucket_are_those_from_the_folder_also_when_the_cache_forgets_and_the_run_is_resumed(world, remote, tmp_path):
     wanted = batches(open_dataset(world.shards), 12)
     dataset = open_dataset(remote)
-    everything = sum(tar.size for tar in dataset._tars.values())
+    everything = sum(tar.size for tar in dataset.tars.values())
     cache = ShardCache(open_storage(remote), tmp_path / "cache", everything - 1)  # so that it cannot keep all
     found = batches(dataset.through(cache), 5) + batches(dataset.through(cache), 7, samples_seen=20)
     assert all(map(same, found, wanted)) and len(found) == 12
@@ -62,3 +63,25 @@ def test_training_from_a_bucket_gives_the_network_that_the_folder_gives(world, r
 def test_a_folder_needs_no_cache(world):
     with open_cache(CacheConfig(), world.shards) as cache:
         assert cache is None and open_dataset(world.shards).through(cache).fetch_ahead([], 1) is None
+
+
+def test_a_server_that_is_gone_in_the_midst_ends_the_batches_with_an_error_that_names_the_file(world, remote, tmp_path, monkeypatch):
+    dataset = open_dataset(remote)
+    storage = RemoteFolder(remote, Patience(attempts=2, first_wait_s=0.0))
+    cache = ShardCache(storage, tmp_path / "cache", 10**9)
+    read, asked = RemoteFolder.read, []
+
+    def two_then_none(self, name, *place):
+        asked.append(name)
+        if len(asked) > 2:
+            raise DataError(f"{self.where(name)}: could not be read in 2 attempts: no route to host")
+        return read(self, name, *place)
+
+    monkeypatch.setattr(RemoteFolder, "read", two_then_none)
+    with (
+        pytest.raises(DataError, match=f"{remote}/.*tar: could not be read in 2 attempts"),
+        BatchStream(dataset.through(cache), CONFIG, 0, lambda seen: members_needed(LossConfig(), seen)) as stream,
+    ):
+        for _ in range(12):
+            next(stream)
+    assert all(thread.name != "fetch-ahead" for thread in threading.enumerate())
