@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from genhead.generator import GenHead, GenHeadConfig, GenHeadOutput
-from genhead.losses import DiscriminatorParts, RegularizerConfig, density_smoothness, fake_parts, part_regularizers, real_parts
+from genhead.losses import (
+    DiscriminatorParts,
+    RegularizerConfig,
+    density_smoothness,
+    fake_parts,
+    mesh_surface,
+    part_regularizers,
+    real_parts,
+)
+from genhead.mesh_truth import mesh_view
 from head3d.adversarial import (
     Ema,
     R1Weights,
@@ -28,6 +37,7 @@ from head3d.adversarial import (
     r1_penalty,
     sanitise_gradients,
 )
+from head3d.deformation import PosedHead
 from head3d.head_model import HeadModel
 from head3d.labels import HeadLabel, unpack_label
 from head3d.networks.discriminator import Discriminator, DiscriminatorConfig, split_batch
@@ -128,11 +138,16 @@ class Game:
         self.discriminator.requires_grad_(False)
         self.optimizers["generator"].zero_grad(set_to_none=True)
         for members in self.parts:
-            ws, output, fake, camera = self._fake(self.conditions(labels, members, images_seen, "generator"))
+            conditions = self.conditions(labels, members, images_seen, "generator")
+            ws, output, posed, fake = self._fake(conditions)
+            camera = conditions.label.camera.label()
             fakes.append((fake.detach(), camera))
             mean_w += ws[:, 0].detach().mean(0) / len(self.parts)
             logits = self.discriminator(blur_images(fake, sigma), camera)
             losses = {"adversarial": generator_loss(logits)} | part_regularizers(output, self.regularizers)
+            if self.regularizers.surface:
+                mesh = mesh_view(self.generator.head_model, posed.vertices_posed, conditions.label.camera, output.images.depth.shape[-1])
+                losses["surface"] = mesh_surface(output.images, mesh, self.regularizers)
             (sum(losses.values()) / len(self.parts)).backward()
             scalars.add(losses | {"logits": logits.mean(), "opacity": output.images.opacity.mean()})
         self._update("generator", self.generator)
@@ -220,17 +235,18 @@ class Game:
         ws = self.generator.map(conditions.z, conditions.condition_camera, conditions.condition_shape)
         return ws, self.generator.planes(ws, noise="random", generator=conditions.draws)
 
-    def _fake(self, conditions: Conditions) -> tuple[Tensor, GenHeadOutput, Tensor, Tensor]:
-        """Styles, output, discriminator input [B, 10, S, S] and camera label [B, 25] of generated pictures."""
+    def _fake(self, conditions: Conditions) -> tuple[Tensor, GenHeadOutput, PosedHead, Tensor]:
+        """Styles, output, posed heads and discriminator input [B, 10, S, S] of generated pictures."""
         model, label = self.generator, conditions.label
         ws, planes = self._planes(conditions)
         posed = model.pose(label.shape, label.motion)
         output = model.render(planes, model.background(conditions.z), posed, label.camera, generator=conditions.draws)
-        return ws, output, fake_parts(model, output, posed.vertices_posed, label.camera).stack(), label.camera.label()
+        return ws, output, posed, fake_parts(model, output, posed.vertices_posed, label.camera).stack()
 
     @torch.no_grad()
     def _fresh_fakes(self, labels: Tensor, members: Tensor, images_seen: int) -> tuple[Tensor, Tensor]:
-        return self._fake(self.conditions(labels, members, images_seen, "discriminator"))[2:]
+        conditions = self.conditions(labels, members, images_seen, "discriminator")
+        return self._fake(conditions)[-1], conditions.label.camera.label()
 
     @torch.no_grad()
     def _real(self, image: Tensor, matte: Tensor, label: Tensor) -> tuple[DiscriminatorParts, Tensor]:

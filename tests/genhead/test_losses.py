@@ -5,7 +5,8 @@ import types
 import pytest
 import torch
 
-from genhead.losses import DiscriminatorParts, RegularizerConfig, density_smoothness, distortion, part_regularizers
+from genhead.losses import DiscriminatorParts, RegularizerConfig, density_smoothness, distortion, mesh_surface, part_regularizers
+from genhead.mesh_truth import MeshView
 from head3d.rendering import Rendered
 from head3d.triplane import Decoder, sample_planes
 
@@ -52,6 +53,40 @@ def test_part_regularizers_equal_the_published_formula():
     assert torch.allclose(losses["head_density"], expected)
     assert torch.allclose(losses["distortion"], torch.tensor(100 * 0.1 * 0.75), atol=1e-4)
     assert torch.allclose(losses["transmittance"], torch.tensor(100 * 0.1 * 0.75))
+
+
+def _rays_and_mesh(distance: list[float], face: list[bool], eye: list[float]):
+    """Four rays, half of whose light stops in [1.0, 1.3], a quarter in [1.3, 2.0], while a quarter goes on past 2.0."""
+    images = types.SimpleNamespace(
+        rays=Rendered(
+            colors=torch.zeros(1, 4, 3),
+            depth=torch.zeros(1, 4),
+            transmittance=torch.full((1, 4), 0.25),
+            weights=torch.tensor([0.0, 0.5, 0.25]).expand(1, 4, 3),
+            depths=torch.tensor([0.0, 1.0, 1.3, 2.0]).expand(1, 4, 4),
+            raw_density=torch.zeros(1, 4, 4),
+        ),
+        eye_mask=torch.tensor(eye).view(1, 1, 2, 2),
+    )
+    return images, MeshView(torch.tensor(distance).view(1, 1, 2, 2), torch.tensor(face).view(1, 1, 2, 2))
+
+
+def test_the_surface_term_measures_both_sides_on_face_and_eyes_and_only_behind_elsewhere():
+    # middles 1.15, 1.65 and the last sample 2.0; the mesh at 1.45: 0.3 before, 0.2 and 0.55 behind
+    images, mesh = _rays_and_mesh([1.45] * 3 + [torch.inf], face=[True, False, False, True], eye=[0.0, 1.0, 0.0, 0.0])
+    both = 0.5 * (0.3 - 0.02) + 0.25 * (0.2 - 0.02) + 0.25 * (0.55 - 0.02)
+    behind = 0.25 * (0.2 - 0.02) + 0.25 * (0.55 - 0.02)
+    expected = 10 * (both + both + behind) / 3  # face, eye, hair; the fourth ray misses the mesh
+    assert torch.allclose(mesh_surface(images, mesh, RegularizerConfig(surface=10.0)), torch.tensor(expected))
+
+
+def test_a_surface_within_the_slack_costs_nothing_and_no_mesh_is_no_error():
+    images, mesh = _rays_and_mesh([1.16] * 4, face=[True] * 4, eye=[0.0] * 4)
+    stops = images.rays._replace(weights=torch.tensor([0.0, 1.0, 0.0]).expand(1, 4, 3), transmittance=torch.zeros(1, 4))
+    images.rays = stops
+    assert mesh_surface(images, mesh, RegularizerConfig(surface=10.0)) == 0
+    images, mesh = _rays_and_mesh([torch.inf] * 4, face=[False] * 4, eye=[0.0] * 4)
+    assert mesh_surface(images, mesh, RegularizerConfig(surface=10.0)) == 0
 
 
 def test_a_weight_of_zero_removes_its_term():
