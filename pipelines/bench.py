@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datagen.speed import FarmTime, measure_farm
 from genhead.generator import GenHeadConfig
 from genhead.speed import StageTime, measure_stages, median_seconds
 from head3d.cameras import camera_rays, frontal
@@ -40,6 +41,7 @@ class BenchRun:
     repeats: PositiveInt = 10  # timings of each row, of which the median counts
     threads: NonNegativeInt = 1  # CPU threads of torch; 0 leaves its default
     genhead: NonNegativeInt = 3  # timings of each stage of the published generator, of which the median counts; 0 leaves it out
+    farm: NonNegativeInt = 2  # shards that each data-generation worker makes with it, alone and with a second one; 0 leaves it out
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
 
 
@@ -67,12 +69,15 @@ def main(config: BenchRun) -> None:
     if config.genhead:
         generator_rows = measure_stages(GenHeadConfig(), load_head_model(config.head_model), repeats=config.genhead)
         print_generator(generator_rows)
+    farm_rows = measure_farm(GenHeadConfig(), config.head_model, config.farm) if config.farm else []
+    print_farm(farm_rows)
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "rows": [row._asdict() for row in table],
         "genhead": [row._asdict() for row in generator_rows],
+        "farm": [row._asdict() for row in farm_rows],
         "peak_memory_mb": peak_memory_mb(),
     }
     write_atomic(config.out, json.dumps(record, indent=1) + "\n")
@@ -85,6 +90,15 @@ def print_generator(rows: list[StageTime]) -> None:
     for row in rows:
         flop = f"{row.gflop_per_image:7.1f}" if row.gflop_per_image else "      -"
         print(f"{row.stage:46} {row.batch:5d} {row.seconds_per_image:8.3f} {flop}")
+
+
+def print_farm(rows: list[FarmTime]) -> None:
+    """Data generation with one worker and more: pace, what it costs beside rendering, and how well workers add up."""
+    if rows:
+        print(f"\n{'data generation, 512 x 512':30} {'s/picture':>9} {'beside rendering':>17} {'times one worker':>17}")
+    for row in rows:
+        workers = f"{row.workers} worker{'s' if row.workers > 1 else ''}, one thread each"
+        print(f"{workers:30} {row.seconds:9.3f} {row.beside_s / row.render_s:17.1%} {rows[0].seconds / row.seconds:17.2f}")
 
 
 def peak_memory_mb() -> float:

@@ -2,12 +2,13 @@
 
 import json
 
+from datagen.speed import FarmTime
 from genhead.speed import StageTime
-from pipelines.bench import BenchRun, main, print_generator
+from pipelines.bench import BenchRun, main, print_farm, print_generator
 
 
 def test_the_table_is_written_with_machine_versions_and_limits(tmp_path, capsys):
-    main(BenchRun(out=tmp_path / "bench.json", repeats=1, genhead=0))
+    main(BenchRun(out=tmp_path / "bench.json", repeats=1, genhead=0, farm=0))
     record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert record["machine"]["processor"] and record["versions"]["torch"] and record["date"] and record["peak_memory_mb"] > 10
     parts = {row["part"]: row for row in record["rows"]}
@@ -19,3 +20,11 @@ def test_stages_are_printed_by_batch(capsys):
     print_generator([StageTime("planes", 4, 0.75, 120.0), StageTime("masks", 4, 0.06, 0.0)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].split() == ["planes", "4", "0.750", "120.0"] and lines[-1].split() == ["masks", "4", "0.060", "-"]
+
+
+def test_the_farm_is_printed_with_its_overhead_and_how_workers_add_up(capsys):
+    print_farm([FarmTime(1, 2.0, 1.9, 0.038), FarmTime(2, 1.04, 2.0, 0.05)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split()[-3:] == ["2.000", "2.0%", "1.00"] and lines[-1].split()[-3:] == ["1.040", "2.5%", "1.92"]
+    print_farm([])
+    assert capsys.readouterr().out == ""
