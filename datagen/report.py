@@ -152,12 +152,12 @@ def _map_tiles(dataset: ShardDataset, frame: FrameEntry) -> dict[str, np.ndarray
 
 
 def _turntable(dataset: ShardDataset, found: Survey) -> str:
-    opened = {frame.shard for frame in found.frames}
+    opened = {frame.shard for frame in found.frames if frame.kind != "motion-rich"}  # whose pictures are small
     views: dict[int, list[tuple[FrameEntry, int]]] = collections.defaultdict(list)
     for frame in dataset.frames:
-        if frame.shard in opened:
+        if frame.shard in opened and frame.kind != "motion-rich":
             views[frame.identity] += [(frame, view) for view in range(frame.views)]
-    most = max(map(len, views.values()))  # of the people with the most views, some are drawn
+    most = max(map(len, views.values()), default=0)  # of the people with the most views, some are drawn
     able = [identity for identity in sorted(views) if len(views[identity]) == most]
     rng = numpy_generator(dataset.manifest["config_hash"], "turntable")
     turning, yaws = [], []

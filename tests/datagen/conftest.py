@@ -111,6 +111,16 @@ def undisturbed(tmp_path_factory, run_of, data_files):
     return data_files(out)
 
 
+@pytest.fixture
+def made_set(tmp_path, undisturbed):
+    """A fresh copy of the tiny set."""
+    folder = tmp_path / "set"
+    for name, data in undisturbed.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def run_of(generator):
     """Settings of a tiny run: `run_of(out, **changes)`. Five identities, seven frames, three shards."""

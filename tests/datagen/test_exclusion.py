@@ -14,15 +14,6 @@ from head3d.run.errors import DataError
 KEYS = ["0000000000", "0000000001", "0000000002", "0000010000", "0000010001", "0000010002", "0000020000"]
 
 
-@pytest.fixture
-def folder(tmp_path, undisturbed):
-    out = tmp_path / "set"
-    for name, data in undisturbed.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(data)
-    return out
-
-
 def listed(tmp_path, text):
     path = tmp_path / "list.txt"
     path.write_text(text)
@@ -41,21 +32,21 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, line):
         listed(tmp_path, f"identity 1\n{line}\n")
 
 
-def test_readers_leave_out_what_is_excluded_and_no_tar_changes(folder, undisturbed, data_files):
-    exclude(folder, Exclusion(frozenset([3]), frozenset(["0000000001"])))
-    dataset = open_dataset(folder)
+def test_readers_leave_out_what_is_excluded_and_no_tar_changes(made_set, undisturbed, data_files):
+    exclude(made_set, Exclusion(frozenset([3]), frozenset(["0000000001"])))
+    dataset = open_dataset(made_set)
     assert [frame.key for frame in dataset.frames] == ["0000000000", "0000000002", "0000010000", "0000020000"]
     assert dataset.excluded_count == 3
-    assert {name for name, data in data_files(folder).items() if undisturbed[name] != data} == {"dataset.json"}
-    assert open_plan(folder).hash == json.loads(undisturbed["dataset.json"])["config_hash"]
+    assert {name for name, data in data_files(made_set).items() if undisturbed[name] != data} == {"dataset.json"}
+    assert open_plan(made_set).hash == json.loads(undisturbed["dataset.json"])["config_hash"]
 
 
-def test_the_list_is_the_whole_truth_so_an_empty_one_brings_everything_back(folder, undisturbed, data_files):
-    exclude(folder, Exclusion(frozenset([3]), frozenset()))
-    exclude(folder, Exclusion(frozenset(), frozenset(["0000020000"])))
-    assert [frame.key for frame in open_dataset(folder).frames] == KEYS[:-1]
-    exclude(folder, Exclusion())
-    assert data_files(folder) == undisturbed
+def test_the_list_is_the_whole_truth_so_an_empty_one_brings_everything_back(made_set, undisturbed, data_files):
+    exclude(made_set, Exclusion(frozenset([3]), frozenset()))
+    exclude(made_set, Exclusion(frozenset(), frozenset(["0000020000"])))
+    assert [frame.key for frame in open_dataset(made_set).frames] == KEYS[:-1]
+    exclude(made_set, Exclusion())
+    assert data_files(made_set) == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -67,19 +58,19 @@ def test_the_list_is_the_whole_truth_so_an_empty_one_brings_everything_back(fold
         Exclusion(frames=frozenset(["20000"])),
     ],
 )
-def test_what_the_set_does_not_have_cannot_be_excluded(folder, stranger):
+def test_what_the_set_does_not_have_cannot_be_excluded(made_set, stranger):
     with pytest.raises(DataError, match="expected identities below 5 and keys of frames of this set, got (identity 5|frame .*)"):
-        exclude(folder, stranger)
+        exclude(made_set, stranger)
 
 
-def test_a_set_that_grows_goes_on_excluding(folder, run_of):
-    exclude(folder, Exclusion(frozenset([3]), frozenset()))
-    assert generate(run_of(folder, identities=7)) == 0
-    assert {frame.identity for frame in open_dataset(folder).frames} == {0, 1, 2, 4, 5, 6}
+def test_a_set_that_grows_goes_on_excluding(made_set, run_of):
+    exclude(made_set, Exclusion(frozenset([3]), frozenset()))
+    assert generate(run_of(made_set, identities=7)) == 0
+    assert {frame.identity for frame in open_dataset(made_set).frames} == {0, 1, 2, 4, 5, 6}
 
 
-def test_a_malformed_entry_is_an_error(folder):
-    path = folder / "dataset.json"
+def test_a_malformed_entry_is_an_error(made_set):
+    path = made_set / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"excluded": {"identities": ["3"], "frames": []}}))
     with pytest.raises(DataError, match="dataset.json: expected 'excluded' to hold lists 'identities'"):
-        open_dataset(folder)
+        open_dataset(made_set)

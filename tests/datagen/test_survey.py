@@ -81,11 +81,8 @@ def test_the_grid_takes_the_pixel_at_the_centre_of_each_cell():
     assert on_grid(pixels[:2, :2], 4).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [4, 4, 5, 5], [4, 4, 5, 5]]
 
 
-def test_a_sample_is_bounded_and_the_same_each_time(tmp_path, undisturbed):
-    for name, data in undisturbed.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    dataset = open_dataset(tmp_path)
+def test_a_sample_is_bounded_and_the_same_each_time(made_set):
+    dataset = open_dataset(made_set)
     everything, some, again = survey(dataset), survey(dataset, frames=2, shards=1), survey(dataset, frames=2, shards=1)
     assert len(everything.frames) == 7 and everything.shards == 3 and everything.yaw_deg.shape == (18,)
     assert everything.view[:5].tolist() == [0, 1, 0, 1, 2] and everything.frame_of_view[:5].tolist() == [0, 0, 1, 1, 1]
