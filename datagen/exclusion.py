@@ -35,6 +35,11 @@ class Exclusion(NamedTuple):
         """As dataset.json holds it."""
         return {"identities": sorted(self.identities), "frames": sorted(self.frames)}
 
+    def text(self) -> str:
+        """As a list that `read_exclusion` reads."""
+        lines = [f"identity {identity}" for identity in sorted(self.identities)] + [f"frame {key}" for key in sorted(self.frames)]
+        return "".join(f"{line}\n" for line in lines)
+
     @classmethod
     def from_manifest(cls, manifest: dict[str, Any], where: str) -> Exclusion:
         """Inverse of `entry`; nothing is excluded where there is none. Raises DataError if it is malformed."""

@@ -52,8 +52,9 @@ if (turns.length) { document.getElementById('yaw').addEventListener('input', tur
 """
 _CHOICE_SCRIPT = """
 function choose() {
-  const lines = [...document.querySelectorAll('.card input:checked')].map(box => box.value);
-  document.getElementById('list').value = [...new Set(lines)].join('\\n') + (lines.length ? '\\n' : '');
+  const ticked = [...document.querySelectorAll('.card input:checked')].map(box => box.value);
+  const list = document.getElementById('list'), lines = new Set([...list.defaultValue.split('\\n').filter(Boolean), ...ticked]);
+  list.value = [...lines].map(line => line + '\\n').join('');
 }
 document.querySelectorAll('.card input').forEach(box => box.addEventListener('change', choose));
 choose();
@@ -232,9 +233,10 @@ def _outliers(dataset: ShardDataset, found: Survey) -> str:
         parts.append(f'<h3>{title}</h3><p>{html.escape(note)}</p><div class="cards">{"".join(cards)}</div>')
     command = html.escape(f"headfoundry survey {dataset.storage.address} --exclude list.txt")
     parts.append(
-        "<h3>Leave some out</h3><p>What is ticked above is listed here. Save it as list.txt (add lines as you like; notes stand after a #) "
-        f"and call <code>{command}</code>: readers then leave out what is listed. No tar is changed.</p>"
-        '<textarea id="list" readonly aria-label="list of what to exclude"></textarea>'
+        "<h3>Leave some out</h3><p>What is excluded already and what is ticked above is listed here. Save it as list.txt (add or remove "
+        f"lines; notes stand after a #) and call <code>{command}</code>: readers then leave out what is listed, and nothing else. "
+        "No tar is changed.</p>"
+        f'<textarea id="list" readonly aria-label="list of what to exclude">{html.escape(dataset.excluded.text())}</textarea>'
     )
     note = "The most unusual views of the sample, in robust deviations from the median. Unusual is not wrong: look."
     return section("Outliers", note, "".join(parts))

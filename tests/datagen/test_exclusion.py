@@ -24,6 +24,8 @@ def test_a_list_names_identities_and_frames_with_notes(tmp_path):
     text = "# seen by me\nidentity 3   # no hair\n\n  frame 0000000001\nidentity 3\n"
     assert listed(tmp_path, text) == Exclusion(frozenset([3]), frozenset(["0000000001"]))
     assert listed(tmp_path, "") == Exclusion()
+    both = Exclusion(frozenset([17, 3]), frozenset(["0000000001"]))
+    assert both.text() == "identity 3\nidentity 17\nframe 0000000001\n" and listed(tmp_path, both.text()) == both
 
 
 @pytest.mark.parametrize("line", ["3", "identity", "identity three", "identity -3", "frame 1 2", "person 3", "identity ²"])

@@ -104,6 +104,7 @@ def test_the_command_excludes_what_a_file_lists_and_writes_the_page(made_set, tm
     assert "1 identities and 1 frames are excluded" in said and str(made_set / "index.html") in said
     text = (made_set / "index.html").read_text()
     assert "3 frames are excluded" in text and 'value="identity 3"' not in text and 'value="frame 0000000001"' not in text
+    assert ">identity 3\nframe 0000000001\n</textarea>" in text  # so that the next list goes on from this one
     with pytest.raises(DataError, match="list.txt, line 1"):
         listed.write_text("everybody\n")
         run_command("survey", [str(made_set), "--exclude", str(listed)])
