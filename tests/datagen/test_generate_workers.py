@@ -2,13 +2,16 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from datagen import generate as farm
 from datagen import worker
 from datagen.generate import generate, make_plan
+from datagen.members import ShardConfig
 from datagen.plan import open_plan
+from datagen.recipes import RecipeConfig
 from datagen.shards import read_sidecar
 from datagen.storage import open_storage
 from head3d.run.errors import ConfigError, DataError
@@ -75,3 +78,22 @@ def test_a_cluster_that_refuses_says_what_to_set(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     said = farm._no_cluster("10.0.0.1:6379", ConnectionError("Failed to connect"))
     assert "RAY_AUTH_MODE=token (now disabled)" in said and "RAY_AUTH_TOKEN" in said and "ray get-auth-token" in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_the_memory_of_a_worker_stays_flat_over_two_hundred_shards(tmp_path, run_of):
+    """A worker that kept one shard's arrays or bytes would grow by several times the bound."""
+    plan = make_plan(
+        run_of(
+            tmp_path / "set",
+            identities=200,
+            recipe=RecipeConfig(dynamic_share=0.0, static_views=1),
+            shards=ShardConfig(identities_per_shard=1),
+        )
+    )
+    maker = worker.ShardMaker(open_storage(tmp_path / "set"), plan, Path(plan.generator.folder))
+    resident = []
+    for shard in range(200):
+        written = maker.make(shard).bytes
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert resident[199] - resident[39] < 160 * written / 4
