@@ -41,7 +41,7 @@ class RenderConfig:
     jitter: bool = True  # ray samples are jittered, as published; false renders at bin centres
     views_at_once: PositiveInt = 5  # views of a motion in one batch: memory against speed; other batches round differently
     motion_rich_side: PositiveInt = 128  # px, of pictures of motion-rich identities: the final picture, reduced with antialiasing
-    motion_rich_labels: tuple[LabelName, ...] = ()  # what frames of motion-rich identities carry in the place of `labels`
+    motion_rich_labels: tuple[LabelName, ...] = ("opacity",)  # what frames of motion-rich identities carry in the place of `labels`
     precision: Precision = "float32"  # of the convolutions; bfloat16 is faster on processors that have it and about 50 dB from float32
 
     def __post_init__(self) -> None:

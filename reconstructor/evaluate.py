@@ -291,7 +291,8 @@ def measure(images: Tensor, depth: Tensor | None, samples: list[Sample]) -> dict
 
 def mean_training_image(dataset: ShardDataset, count: int, seed: int) -> Tensor:
     """Mean [3, S, S] of `count` training pictures (all, if there are fewer)."""
-    pictures = [(frame, view) for frame in dataset.frames if frame.split == "train" for view in range(frame.views)]
+    frames = [frame for frame in dataset.frames if frame.split == "train" and frame.kind != "motion-rich"]
+    pictures = [(frame, view) for frame in frames for view in range(frame.views)]
     if not pictures:
         raise DataError(f"{dataset.folder}: no training frame to average; the data set holds held-out identities only")
     chosen = numpy_generator(seed, "mean image").permutation(len(pictures))[:count]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from head3d.networks.resample import resize_antialias
 from head3d.run.config import Fraction, NonNegativeFloat, PositiveInt
 from head3d.run.errors import DataError
 from head3d.run.seeding import numpy_generator
@@ -111,13 +112,20 @@ class PictureOrder:
 
 
 def read_pictures(dataset: FrameSource, keys: Sequence[PictureKey]) -> Pictures:
-    """Read and decode. Raises DataError (from the reader) if a member is missing or damaged."""
+    """Read and decode; where pictures differ in size, as those of motion-rich identities do, all are reduced to the smallest.
+
+    Raises DataError (from the reader) if a member is missing or damaged.
+    """
     rows = []
     for key in keys:
         frame, picture = dataset.frames[key.frame], f"rgb.{key.view}"
         data = dataset.read(frame, [picture, "opacity", "label"])
-        rows.append((as_picture(data[picture]), data["opacity"][key.view][None], data["label"][key.view], key.frame, frame.identity))
-    return Pictures(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+        image = torch.from_numpy(as_picture(data[picture]))
+        rows.append((image, data["opacity"][key.view][None], data["label"][key.view], key.frame, frame.identity))
+    images, *others = zip(*rows, strict=True)
+    side = min(image.shape[-1] for image in images)
+    stacked = torch.cat([resize_antialias(image[None], side) for image in images])
+    return Pictures(stacked, *(torch.from_numpy(np.stack(column)) for column in others))
 
 
 def stream_pictures(

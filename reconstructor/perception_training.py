@@ -168,7 +168,7 @@ def check_data(config: PerceptionRun, dataset: ShardDataset) -> None:
     if lacking:
         raise DataError(
             f"{config.shards}: {len(lacking)} of {len(dataset.frames)} frames have no member 'opacity', which tells people from their "
-            f"backgrounds (the first is {lacking[0]}); generate the set with this label for all of it (--render.labels, --labels_share 1)"
+            f"backgrounds (the first is {lacking[0]}); give all frames this label (--render.labels, --render.motion_rich_labels)"
         )
     held_out_pictures(dataset.frames, config.shards)
 
