@@ -63,8 +63,8 @@ def disturb(out: Path, shards: int, workers: int, count: int, rng: np.random.Gen
         while len(kills) < count and reached(out, made_shards(out) + int(rng.integers(1, 4)), driver):
             victim = "driver" if rng.random() < 0.3 else "worker"
             time.sleep(rng.uniform(0, 0.5))
-            descendants = children(driver.pid)
-            candidates = sorted(pid for pid in descendants if name_of(pid).startswith("ray::ShardMaker"))
+            descendants = {pid: name_of(pid) for pid in children(driver.pid)}
+            candidates = sorted(pid for pid, name in descendants.items() if name.startswith("ray::ShardMaker"))
             if victim == "driver":
                 driver.kill()
                 driver.wait()
@@ -123,12 +123,12 @@ def name_of(pid: int) -> str:
         return ""
 
 
-def gone(pids: set[int]) -> None:
-    """Wait until none of the processes runs: Ray ends them when their driver is gone."""
+def gone(processes: dict[int, str]) -> None:
+    """Wait until none of the processes runs: Ray ends them when their driver is gone. Numbers are used again, by others."""
     deadline = time.monotonic() + LIMIT_S
-    while any(name_of(pid) for pid in pids):
+    while running := [name for pid, name in processes.items() if name and name_of(pid) == name]:
         if time.monotonic() > deadline:
-            raise SystemExit(f"still running after the driver's death: {[name_of(pid) for pid in pids if name_of(pid)]}")
+            raise SystemExit(f"still running after the driver's death: {running}")
         time.sleep(0.1)
 
 

@@ -48,7 +48,8 @@ class _Hand:
     node: Any  # Ray's id of its node, once introduced
     name: str = ""  # host:process, once introduced
     accepted: bool = False  # gets shards; one that was refused keeps its place, so that the next is not put there
-    shards: list[int] = dataclasses.field(default_factory=list)  # in its hands, oldest first
+    shards: list[int] = dataclasses.field(default_factory=list)  # in its hands, oldest first: the one that it is making
+    lost: tuple[int, Exception] | None = None  # the shard that it was making when it was lost, and how
     failures: int = 0  # in a row
 
 
@@ -144,7 +145,7 @@ class Crew:
     def _receive(self, reference: Any, dispatch: Dispatch, ledger: Ledger) -> Iterator[ShardReport]:
         """A shard was made, could not be made, or its worker is gone."""
         (hand, shard), ray = self._flying.pop(reference), self._ray
-        begun = hand.shards[0] == shard  # a worker makes one after the other
+        making = hand.shards[0]
         hand.shards.remove(shard)
         try:
             report = ray.get(reference)
@@ -159,19 +160,26 @@ class Crew:
             if hand.failures >= FAILURES_IN_A_ROW:
                 self._part_with(hand)
         except ray.exceptions.RayError as error:  # the process or the machine is gone, or the way to it
-            if begun and hand in self._hands:
-                reason, attempt = _one_line(error), dispatch.attempt(shard)
-                gone = isinstance(error, ray.exceptions.ActorUnavailableError) or not self._is_alive(hand.node)
-                given_up = dispatch.lost(shard, reason) if gone else dispatch.failed(shard, hand.name, reason)
-                ledger.record(shard, attempt, hand.name, error, reason, given_up)
+            if hand in self._hands:  # news; its other calls tell the same, in any order
+                hand.lost = making, error
+                self._part_with(hand)
+            if hand.lost is not None and shard == hand.lost[0]:
+                self._record_loss(hand, dispatch, ledger)
             else:
                 dispatch.put_back(shard)
-            self._part_with(hand)
         else:
             hand.failures = 0
             self._made += 1
             dispatch.made(shard)
             yield report
+
+    def _record_loss(self, hand: _Hand, dispatch: Dispatch, ledger: Ledger) -> None:
+        """The shard is to blame for the death of a process, but not for that of a machine."""
+        shard, error = hand.lost
+        reason, attempt = _one_line(error), dispatch.attempt(shard)
+        gone = isinstance(error, self._ray.exceptions.ActorUnavailableError) or not self._is_alive(hand.node)
+        given_up = dispatch.lost(shard, reason) if gone else dispatch.failed(shard, hand.name, reason)
+        ledger.record(shard, attempt, hand.name, error, reason, given_up)
 
     def _part_with(self, hand: _Hand) -> None:
         """What it still holds comes back as errors of Ray."""

@@ -66,8 +66,8 @@ class FakeRay:
         RayError=RayError, RayTaskError=RayTaskError, ActorDiedError=ActorDiedError, ActorUnavailableError=ActorUnavailableError
     )
 
-    def __init__(self, room, make=lambda worker, shard: None, arrive=lambda worker: None):
-        self.room, self.make, self.arrive = room, make, arrive
+    def __init__(self, room, make=lambda worker, shard: None, arrive=lambda worker: None, newest_first=False):
+        self.room, self.make, self.arrive, self.newest_first = room, make, arrive, newest_first
         self.actors, self.calls, self.gone, self.most_in_flight = [], itertools.count(), set(), 0
 
     def remote(self, maker, *arguments):
@@ -84,7 +84,7 @@ class FakeRay:
         placed = [actor for actor in self.actors if not actor.dead][: self.room]
         self.most_in_flight = max(self.most_in_flight, len(references))
         ready = [reference for reference in references if reference[1] in placed or reference[1].dead]
-        return sorted(ready, key=lambda reference: reference[0])[:1], []
+        return sorted(ready, key=lambda reference: reference[0], reverse=self.newest_first)[:1], []
 
     def get(self, reference):
         if isinstance(reference, list):
@@ -151,12 +151,13 @@ def test_an_open_number_of_workers_grows_while_there_is_room(run):
     assert len(ray.actors) == 11, "five work, one more than that wait for room"
 
 
-def test_of_a_worker_that_dies_the_shard_it_was_making_is_blamed_and_the_one_that_waited_is_not(run):
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_of_a_worker_that_dies_the_shard_it_was_making_is_blamed_and_the_one_that_waited_is_not(run, newest_first):
     def make(worker, shard):
         if worker == 0:
             raise ActorDiedError("killed")
 
-    made, _, lines = run(FakeRay(room=1, make=make), shards=4, wanted=1)
+    made, _, lines = run(FakeRay(room=1, make=make, newest_first=newest_first), shards=4, wanted=1)
     assert sorted(made) == [0, 1, 2, 3]
     assert [(line["shard"], line["attempt"], line["given_up"], line["worker"]) for line in lines] == [(0, 1, False, "host0:1")]
     assert lines[0]["reason"] == "ActorDiedError: killed" and lines[0]["recipe"] is None
