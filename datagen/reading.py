@@ -15,6 +15,7 @@ import copy
 import json
 import mmap
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from datagen.shards import check_schema, read_sidecar, remedy, sidecar_name
 from datagen.storage import LocalFolder, Storage, open_storage
 from head3d.run.errors import ConfigError, DataError
 
+_TELL_EVERY_S = 1.0  # a cache is told that a copy is in use
 _OPEN_FILES = 128  # tars kept mapped at once; mapping again costs a fraction of a millisecond
 
 
@@ -89,7 +91,8 @@ class ShardDataset:
         Pictures are uint8 [H, W, 3], 'parts' uint8, 'json' a dict, everything else float32 in scene units or [0, 1]; with
         dequantised=False arrays come as stored. Raises DataError naming file, key and member if one is missing or damaged.
         """
-        return {name: self._read_member(entry, name, dequantised) for name in members}
+        each = map if self._cache is not None else self.storage.each  # requests travel side by side
+        return dict(zip(members, each(lambda name: self._read_member(entry, name, dequantised), members), strict=True))
 
     def _read_member(self, entry: FrameEntry, name: str, dequantised: bool) -> Any:
         if name not in entry.members:
@@ -124,7 +127,7 @@ class ShardDataset:
 
     def _map(self, tar: Tar) -> mmap.mmap:
         with self._lock:
-            if tar.name in self._maps and (self._cache is None or self._cache.used(tar)):
+            if tar.name in self._maps and self._is_kept(tar):
                 self._maps.move_to_end(tar.name)
                 return self._maps[tar.name]
         path = self.storage.where(tar.name)
@@ -144,6 +147,14 @@ class ShardDataset:
                     del self._maps[name]
         return mapped
 
+    def _is_kept(self, tar: Tar) -> bool:
+        """Tell the cache that a copy is in use, once in a while; False if it went meanwhile, so that its room on the disk is given back."""
+        now = time.monotonic()
+        if self._cache is None or now < self._told.get(tar.name, 0.0) + _TELL_EVERY_S:
+            return True
+        self._told[tar.name] = now
+        return self._cache.used(tar)
+
     def _forget(self, tar: str) -> None:
         """Drop a damaged copy."""
         with self._lock:
@@ -152,10 +163,11 @@ class ShardDataset:
 
     def _forget_maps(self) -> None:
         self._maps: collections.OrderedDict[str, mmap.mmap] = collections.OrderedDict()
+        self._told: dict[str, float] = {}  # when the cache was told that a tar is in use
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_maps", "_lock")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_maps", "_told", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -32,9 +32,7 @@ from head3d.run.seeding import numpy_generator
 
 CONCURRENT = 32  # requests at once where each is mostly waiting
 LOG_EVERY_S = 60.0  # how often a growing file is put again where files cannot be appended to
-
-# Trying again is done here, in one place, and not also by the libraries below, where waits would multiply.
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
+SILENCE_S = 15.0  # of a server in the midst of a request, after which the attempt has failed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -329,7 +327,7 @@ class RemoteFolder:
         if self._connection is None or self._connection[0] != os.getpid():
             protocol = _protocol(self.address)
             users = fsspec.config.conf.get(protocol, {})
-            options = {name: value | users.get(name, {}) for name, value in _OPTIONS.get(protocol, {}).items()}
+            options = {name: value | users.get(name, {}) for name, value in _options(protocol).items()}
             filesystem, root = fsspec.core.url_to_fs(self.address, use_listings_cache=False, **options)
             if hasattr(filesystem, "retries"):
                 filesystem.retries = 1
@@ -338,6 +336,19 @@ class RemoteFolder:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_connection": None}
+
+
+def _options(protocol: str) -> dict[str, dict[str, Any]]:
+    """Trying again is done here, in one place, and not also by the libraries below, where waits would multiply; nobody waits for ever."""
+    match protocol:
+        case "s3":
+            return {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": SILENCE_S, "read_timeout": SILENCE_S}}
+        case "http" | "https":
+            import aiohttp  # what fsspec reads these with
+
+            return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}}
+        case _:
+            return {}
 
 
 def _protocol(url: str) -> str:

@@ -6,6 +6,7 @@ import pickle
 import re
 import shlex
 import shutil
+import socket
 
 import fsspec
 import pytest
@@ -177,6 +178,17 @@ def test_a_server_that_is_gone_is_an_error_that_names_the_file_and_says_how_ofte
             DataError, match=r"s3://going/set/dataset.json: could not be .* in 3 attempts: EndpointConnectionError.*network"
         ):
             request("dataset.json")
+
+
+@pytest.mark.parametrize("protocol", ["s3", "http"])
+def test_a_server_that_never_answers_is_an_error_and_no_hang(monkeypatch, protocol):
+    monkeypatch.setattr("datagen.storage.SILENCE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": address, "key": "a", "secret": "b"})
+        url = {"s3": "s3://bucket/set", "http": f"{address}/set"}[protocol]
+        with pytest.raises(DataError, match=f"{url}/dataset.json: could not be read in 3 attempts: .*[Tt]imeout"):
+            RemoteFolder(url, AT_ONCE).read("dataset.json")
 
 
 def test_a_bucket_that_does_not_exist_is_an_error_with_a_remedy(s3_server):
