@@ -12,7 +12,18 @@ from genhead.evaluate import GeneratorMeasures
 from head3d.run.errors import ConfigError
 
 OF_GENERATOR = ("portraits", "measures")  # settings that a reconstructor has no use for
-OF_RECONSTRUCTOR = ("reconstructor", "shards", "split", "identities", "samples", "mean_images", "sheet_rows", "resamples", "batch")
+OF_RECONSTRUCTOR = (
+    "reconstructor",
+    "shards",
+    "perception",
+    "split",
+    "identities",
+    "samples",
+    "mean_images",
+    "sheet_rows",
+    "resamples",
+    "batch",
+)
 
 
 @dataclasses.dataclass(frozen=True)

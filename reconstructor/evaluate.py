@@ -5,8 +5,9 @@
     cross-reenactment    the source's identity in the motion, and from the camera, of another identity's frame; switch 1.
                          The truth is rendered by the generator, which no real recording can give
 
-Each task has three rows: the reconstructor, the source picture copied, and the mean of training pictures. Numbers are means over
-identities with a bootstrap interval over identities (95 %).
+Each task has three rows: the reconstructor, the source picture copied, and the mean of training pictures; with a perception network,
+which adds what it sees in the pictures, a fourth: the truth, as that network sees it. Numbers are means over identities with a
+bootstrap interval over identities (95 %).
 """
 
 from __future__ import annotations
@@ -40,9 +41,13 @@ from head3d.run.runlog import progress
 from head3d.run.seeding import numpy_generator, torch_generator
 from reconstructor.batches import as_picture
 from reconstructor.model import Reconstructor, load_reconstructor
+from reconstructor.perception import load_errors, load_perception
+from reconstructor.perception_errors import PICTURE_UNITS, errors_table, picture_measures
 
 TASKS = ("novel_view", "self_reenactment", "cross_reenactment")
 ROWS = ("ours", "copy_source", "mean_image")
+NOT_RECORDED = ("out", "reconstructor", "shards", "generator", "perception", "batch")  # settings that other entries of a result stand for
+TRUTH = "truth"  # a row that only what a network reads has
 METRICS = {
     "psnr": "dB, whole picture, higher is better",
     "psnr_head": "dB, where the head truly is, higher is better",
@@ -59,6 +64,7 @@ class EvaluateRun:
     reconstructor: Path = Path("runs/reconstructor/export")  # exported reconstructor
     shards: str = "runs/datagen"  # data set (folder or URL) that it was trained on; its held-out split is used
     generator: Path | None = None  # exported generator that renders the truth; None = the one that the shards record
+    perception: Path | None = None  # exported perception network of role evaluation; None = only what needs no network is measured
     split: Literal["val", "test"] = "test"  # identities used
     identities: PositiveInt = 200  # at most this many source identities a task
     samples: PositiveInt = 4  # samples a source identity and task
@@ -137,13 +143,13 @@ def evaluate(config: EvaluateRun) -> int:
         "reconstructor": exported_hash(config.reconstructor),
         "generator": plan.generator.hash,
         "data": {"hash": plan.hash, "identities": plan.identities},
-        "settings": {
-            key: value for key, value in to_dict(config).items() if key not in ("out", "reconstructor", "shards", "generator", "batch")
-        },
+        "perception": None if config.perception is None else exported_hash(config.perception),
+        "settings": {key: value for key, value in to_dict(config).items() if key not in NOT_RECORDED},
     }
     finished = config.out / "evaluation.json"
     if there := read_results(finished, record):
         print(f"{finished}: measured before, with the same settings\n{table(there['tasks'])}")
+        print_own_error(there)
         return 0
     records, sheets = measure_all(config, plan)
     tasks = summarise(records, config)
@@ -153,9 +159,19 @@ def evaluate(config: EvaluateRun) -> int:
         for row, metrics in content["rows"].items()
         for metric, interval in metrics.items()
     ]
-    write_results(config, record | {"metrics": METRICS, "tasks": tasks, "rows": rows}, records, sheets)
+    result = record | {"metrics": METRICS, "tasks": tasks, "rows": rows}
+    if config.perception is not None:
+        result |= {"metrics": METRICS | PICTURE_UNITS, "perception_errors": load_errors(config.perception)}
+    write_results(config, result, records, sheets)
     print(table(tasks))
+    print_own_error(result)
     return 0
+
+
+def print_own_error(result: dict) -> None:
+    """How wrong the network is that read the pictures, if one did."""
+    if "perception_errors" in result:
+        print(f"the perception network's {errors_table(result['perception_errors'])}")
 
 
 def measure_all(config: EvaluateRun, plan: Plan) -> tuple[list[dict], dict[str, list[np.ndarray]]]:
@@ -165,6 +181,7 @@ def measure_all(config: EvaluateRun, plan: Plan) -> tuple[list[dict], dict[str, 
     model = load_reconstructor(config.reconstructor, device)
     truths = Truths(dataset, plan, config.generator or Path(plan.generator.folder), device)
     mean_image = mean_training_image(dataset, config.mean_images, config.seed)
+    network = None if config.perception is None else load_perception(config.perception, "evaluation", device)
     cases = draw_cases(dataset, config)
     records: list[dict] = []
     sheets: dict[str, list[np.ndarray]] = {}
@@ -172,8 +189,12 @@ def measure_all(config: EvaluateRun, plan: Plan) -> tuple[list[dict], dict[str, 
         for part in _runs(cases, config.batch):
             samples, task = [truths.sample(case) for case in part], part[0].task
             predictions = predict(model, samples, task, mean_image)
-            for row, (images, depth) in predictions.items():
-                measured = measure(images, depth, samples)
+            truth, source = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("truth", "source_image"))
+            label = torch.stack([sample.target_label for sample in samples])
+            for row, (images, depth) in (predictions | ({} if network is None else {TRUTH: (truth, None)})).items():
+                measured = {} if row == TRUTH else measure(images, depth, samples)
+                if network is not None:
+                    measured |= picture_measures(network, model.head_model, images, truth, source, label)
                 for index, case in enumerate(part):
                     facts = {
                         "task": task,
@@ -311,18 +332,18 @@ def summarise(records: list[dict], config: EvaluateRun) -> dict:
         if not mine:
             continue
         rows = {}
-        for row in ROWS:
+        for row in dict.fromkeys(record["row"] for record in mine):
             of_row = [record for record in mine if record["row"] == row]
             identities = torch.tensor([record["identity"] for record in of_row])
             rows[row] = {}
-            for metric in METRICS:
+            for metric in (name for name in (*METRICS, *PICTURE_UNITS) if name in of_row[0]):
                 draws = torch_generator(config.seed, "bootstrap", task)  # the same resamples for every row
                 mean, low, high = bootstrap_interval(
                     torch.tensor([record[metric] for record in of_row]), identities, draws, config.resamples
                 )
                 if not math.isnan(mean):
                     rows[row][metric] = {"mean": mean, "low": low, "high": high}
-        tasks[task] = {"samples": len(mine) // len(ROWS), "identities": len({record["identity"] for record in mine}), "rows": rows}
+        tasks[task] = {"samples": len(mine) // len(rows), "identities": len({record["identity"] for record in mine}), "rows": rows}
     return tasks
 
 
@@ -332,20 +353,26 @@ def table(tasks: dict) -> str:
     for task, content in tasks.items():
         size = f"{content['samples']} samples of {content['identities']} identities"
         lines.append(f"{task.replace('_', ' ')}: {size}; mean [95 % interval over identities]")
-        lines.append(f"  {'':12}" + "".join(f"{metric:>26}" for metric in METRICS))
-        for row, metrics in content["rows"].items():
-            cells = []
-            for metric in METRICS:
-                digits = 2 if metric.startswith("psnr") else 4
-                value = metrics.get(metric)
-                cells.append(
-                    "-" if value is None else f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-                )
-            lines.append(f"  {row.replace('_', ' '):12}" + "".join(f"{cell:>26}" for cell in cells))
+        shown = [name for name in (*METRICS, *PICTURE_UNITS) if any(name in metrics for metrics in content["rows"].values())]
+        for start in range(0, len(shown), 4):
+            lines += _block(content["rows"], shown[start : start + 4])
     missing = [task for task in TASKS if task not in tasks]
     if missing:
         lines.append(f"left out, because the held-out identities do not allow it: {', '.join(missing)}")
     return "\n".join(lines)
+
+
+def _block(rows: dict, metrics: list[str]) -> list[str]:
+    """Some columns of a task's table."""
+    lines = [f"  {'':12}" + "".join(f"{metric:>26}" for metric in metrics)]
+    for row, values in rows.items():
+        cells = []
+        for metric in metrics:
+            digits, value = 2 if metric.startswith("psnr") or metric.endswith(("deg", "mm")) else 4, values.get(metric)
+            cells.append("-" if value is None else f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]")
+        if any(cell != "-" for cell in cells):
+            lines.append(f"  {row.replace('_', ' '):12}" + "".join(f"{cell:>26}" for cell in cells))
+    return lines
 
 
 def write_results(config: EvaluateRun, result: dict, records: list[dict], sheets: dict[str, list[np.ndarray]]) -> None:

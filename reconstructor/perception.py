@@ -78,6 +78,11 @@ class PerceptionConfig:
         if self.motion_directions > IMAGE_MOTION_SIZE:
             raise ConfigError(f"motion_directions: expected at most {IMAGE_MOTION_SIZE}, got {self.motion_directions}")
 
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures that both trunks can be given without loss, px."""
+        return max(self.trunk.resolution, self.motion_trunk.resolution)
+
 
 class Reading(NamedTuple):
     """What a picture shows of a head: read by the network, or true."""

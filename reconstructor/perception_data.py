@@ -60,7 +60,7 @@ class Pictures(NamedTuple):
     """B pictures with what is known of them."""
 
     image: Tensor  # [B, 3, H, W] in [-1, 1]
-    opacity: Tensor  # [B, 1, R, R] in [0, 1]
+    opacity: Tensor  # [B, 1, H, W] in [0, 1]
     label: Tensor  # [B, 437]
     frame: Tensor  # [B] int64, index of the frame: one identity in one motion
     identity: Tensor  # [B] int64
@@ -96,6 +96,11 @@ class PictureOrder:
         self._frames, self._by_identity, self._config, self._seed = frames, by_identity, config, seed
         self._identities = np.array(sorted(by_identity))
 
+    @property
+    def batch_size(self) -> int:
+        """Pictures in a batch, over all ranks."""
+        return self._config.identities * self._config.pictures
+
     def pictures_of(self, position: int) -> list[PictureKey]:
         """The pictures of the identity at `position` of the order: different motions as far as there are, then other views of them."""
         epoch, place = divmod(position, len(self._identities))
@@ -111,8 +116,8 @@ class PictureOrder:
         return [key for k in range(rank, self._config.identities, world_size) for key in self.pictures_of(first + k)]
 
 
-def read_pictures(dataset: FrameSource, keys: Sequence[PictureKey]) -> Pictures:
-    """Read and decode; where pictures differ in size, as those of motion-rich identities do, all are reduced to the smallest.
+def read_pictures(dataset: FrameSource, keys: Sequence[PictureKey], side: int) -> Pictures:
+    """Read, decode and resize to `side` px, pictures and opacity: the kinds of identities have pictures of different sides.
 
     Raises DataError (from the reader) if a member is missing or damaged.
     """
@@ -120,16 +125,15 @@ def read_pictures(dataset: FrameSource, keys: Sequence[PictureKey]) -> Pictures:
     for key in keys:
         frame, picture = dataset.frames[key.frame], f"rgb.{key.view}"
         data = dataset.read(frame, [picture, "opacity", "label"])
-        image = torch.from_numpy(as_picture(data[picture]))
-        rows.append((image, data["opacity"][key.view][None], data["label"][key.view], key.frame, frame.identity))
-    images, *others = zip(*rows, strict=True)
-    side = min(image.shape[-1] for image in images)
-    stacked = torch.cat([resize_antialias(image[None], side) for image in images])
-    return Pictures(stacked, *(torch.from_numpy(np.stack(column)) for column in others))
+        maps = (torch.from_numpy(values)[None] for values in (as_picture(data[picture]), data["opacity"][key.view][None]))
+        image, opacity = (resize_antialias(values, side)[0] for values in maps)
+        label = torch.from_numpy(np.array(data["label"][key.view]))
+        rows.append((image, opacity, label, torch.tensor(key.frame), torch.tensor(frame.identity)))
+    return Pictures(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 def stream_pictures(
-    dataset: FrameSource, order: PictureOrder, batch_size: int, images_seen: int, rank: int, world_size: int
+    dataset: FrameSource, order: PictureOrder, side: int, images_seen: int, rank: int, world_size: int
 ) -> Iterator[Pictures]:
     """Batches of one rank for ever, read ahead by a thread. An error while reading is raised in the batch's turn; `close` it after use."""
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as thread:
@@ -137,8 +141,8 @@ def stream_pictures(
         try:
             while True:
                 while len(ahead) < _PREFETCH:
-                    ahead.append(thread.submit(read_pictures, dataset, order.batch(images_seen, rank, world_size)))
-                    images_seen += batch_size
+                    ahead.append(thread.submit(read_pictures, dataset, order.batch(images_seen, rank, world_size), side))
+                    images_seen += order.batch_size
                 yield ahead.popleft().result()
         finally:
             thread.shutdown(wait=True, cancel_futures=True)
@@ -179,13 +183,11 @@ def augment(pictures: Pictures, config: AugmentConfig, draws: torch.Generator, r
 def replace_background(image: Tensor, opacity: Tensor, noise: Tensor, where: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] over smooth noise instead of what was behind the head, for those with `where` [B].
 
-    noise [B, 3, n, n] is widened to the picture; opacity [B, 1, R, R] decides how much of a pixel stays. What shines through a
+    noise [B, 3, n, n] is widened to the picture; opacity [B, 1, H, W] decides how much of a pixel stays. What shines through a
     half-covered pixel stays too, in proportion.
     """
-    side = image.shape[-2:]
-    cover = F.interpolate(opacity, size=side, mode="bilinear", align_corners=False)
-    behind = F.interpolate(noise, size=side, mode="bicubic", align_corners=False).mul(0.7).clamp(-1, 1)
-    return torch.where(where[:, None, None, None], cover * image + (1 - cover) * behind, image)
+    behind = F.interpolate(noise, size=image.shape[-2:], mode="bicubic", align_corners=False).mul(0.7).clamp(-1, 1)
+    return torch.where(where[:, None, None, None], opacity * image + (1 - opacity) * behind, image)
 
 
 def _move(image: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

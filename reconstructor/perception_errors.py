@@ -30,6 +30,10 @@ READING_UNITS = {
     "rotation_deg": "degrees between head rotations in camera axes",
     "landmarks": "picture sides, mean distance of 70 points",
 }
+PICTURE_UNITS = {
+    "perceptual": "our perceptual distance from the truth, the picture's whole area, lower is better",
+    "identity": "cosine of the identity embeddings of picture and source, higher is better",
+} | {name: f"{unit}; read off the picture, against the true label, lower is better" for name, unit in READING_UNITS.items()}
 _BATCH = 64
 _MOST_FRAMES = 2000  # held-out frames measured, all views of each
 _RIDGE = 1.0  # of the linear probe, on standardised numbers
@@ -61,6 +65,26 @@ def reading_errors(reading: Reading, truth: Reading, shape: Tensor, head: HeadMo
 
 
 @torch.no_grad()
+def picture_measures(
+    network: Perception,  # of the role "evaluation"
+    head: HeadModel,
+    images: Tensor,  # [B, 3, S, S] in [-1, 1]: what a reconstructor made
+    truth: Tensor,  # [B, 3, S, S] what it should have made
+    source: Tensor,  # [B, 3, S, S] what it was shown
+    label: Tensor,  # [B, 437] of the truth
+) -> dict[str, Tensor]:
+    """Measure -> [B] on the CPU, in the units of PICTURE_UNITS. Of the truth itself they are the network's own error."""
+    device = network.centre.device
+    images, truth, source, label = (values.to(device) for values in (images, truth, source, label))
+    found = {
+        "perceptual": network.perceptual_distance(images, truth),
+        "identity": (network.identity(images) * network.identity(source)).sum(1),
+    }
+    found |= reading_errors(network.read(images), true_reading(label, head), unpack_label(label).shape, head)
+    return {name: values.cpu() for name, values in found.items()}
+
+
+@torch.no_grad()
 def held_out_errors(network: Perception, dataset: FrameSource, head: HeadModel, where: str) -> dict[str, Any]:
     """The network's errors on the val and test identities of a data set; JSON.
 
@@ -72,7 +96,7 @@ def held_out_errors(network: Perception, dataset: FrameSource, head: HeadModel, 
     device = network.centre.device
     errors: dict[str, dict[str, list[Tensor]]] = {"network": {}, "mean": {}}
     embeddings, codes, flame, frames, people = [], [], [], [], []
-    for number, pictures in enumerate(_batches(dataset, keys)):
+    for number, pictures in enumerate(_batches(dataset, keys, network.config.resolution)):
         pictures = pictures.to(device)
         label, truth = unpack_label(pictures.label), true_reading(pictures.label, head)
         for who, reading in (("network", network.read(pictures.image)), ("mean", network.mean_reading(len(pictures.image)))):
@@ -109,9 +133,9 @@ def held_out_pictures(frames: Sequence[Frame], where: str) -> list[PictureKey]:
     return [PictureKey(index, view) for index in chosen for view in range(frames[index].views)]
 
 
-def _batches(dataset: FrameSource, keys: list[PictureKey]) -> Iterator[Pictures]:
+def _batches(dataset: FrameSource, keys: list[PictureKey], side: int) -> Iterator[Pictures]:
     for start in range(0, len(keys), _BATCH):
-        yield read_pictures(dataset, keys[start : start + _BATCH])
+        yield read_pictures(dataset, keys[start : start + _BATCH], side)
 
 
 def identity_measures(embedding: Tensor, identity: Tensor, frame: Tensor) -> dict[str, float | None]:

@@ -135,7 +135,7 @@ def _train(config: PerceptionRun, process: distributed.Process) -> int:
     if is_finished(config, images_seen, process):
         return 0
     size, order = config.batch_size, PictureOrder(dataset.frames, by_identity, config.batches, _seed(config))
-    stream = stream_pictures(dataset, order, size, images_seen, process.rank, process.world_size)
+    stream = stream_pictures(dataset, order, config.network.resolution, images_seen, process.rank, process.world_size)
     with open_run("perception", config, saved, images_seen, process) as run, contextlib.closing(stream) as batches:
         while images_seen < config.total_images:
             pictures = next(batches).to(process.device)

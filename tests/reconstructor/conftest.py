@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,9 @@ from reconstructor.batches import BatchConfig
 from reconstructor.encoders import GlobalEncoderConfig
 from reconstructor.losses import LossConfig, SmoothnessConfig
 from reconstructor.model import ReconstructorConfig
+from reconstructor.perception import ERRORS_FILE, Perception, PerceptionConfig, PerceptionExport, Role, TrunkConfig
+from reconstructor.perception import EXPORT_KIND as PERCEPTION
+from reconstructor.perception_errors import READING_UNITS
 from reconstructor.train import ReconstructorRun
 
 
@@ -114,3 +118,22 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_genhead: Callable[[int]
     )
     assert generate(config) == 0
     return World(folder / "generator", folder / "shards", tiny_reconstructor(genhead.config))
+
+
+@pytest.fixture
+def tiny_perception() -> Callable[..., Perception]:
+    """`tiny_perception(folder, role)`: an untrained perception network, exported into `folder` with made-up errors."""
+
+    def build(folder: Path, role: Role = "losses") -> Perception:
+        trunk = TrunkConfig(16, 8, (1, 1))
+        config = PerceptionConfig(trunk=trunk, identity_size=4, hidden=4, motion_trunk=trunk, motion_directions=4, motion_hidden=4)
+        with weights_drawn_from(torch_generator("tiny perception")):
+            network = Perception(config)
+        export_model(folder, network.state_dict(), PerceptionExport(role=role, network=config), PERCEPTION, 1)
+        reading = {name: {"unit": unit, "network": 1.5, "mean": 2.5} for name, unit in READING_UNITS.items()}
+        identity, motion = {"same": 0.5, "different": 0.1, "separation": 0.9}, {"rank": 0.2, "people": 0, "chance": None}
+        errors = {"identities": 7, "pictures": 9, "reading": reading, "identity": identity, "motion": motion}
+        (folder / ERRORS_FILE).write_text(json.dumps(errors))
+        return network
+
+    return build

@@ -13,15 +13,11 @@ from PIL import Image
 from datagen.reading import open_dataset
 from head3d.cameras import frontal, orbit
 from head3d.labels import Motion
-from head3d.run.checkpoint import export_model
 from head3d.run.errors import ConfigError, DataError
-from head3d.run.seeding import torch_generator, weights_drawn_from
 from head3d.surface import SurfaceConfig
 from reconstructor.drive import DriveRun, MeshConfig, drive, read_sequence, read_source
 from reconstructor.drivers import PictureMotion, camera_of_rotation, open_pictures, perception_reader
 from reconstructor.model import load_reconstructor
-from reconstructor.perception import EXPORT_KIND as PERCEPTION
-from reconstructor.perception import Perception, PerceptionConfig, PerceptionExport, TrunkConfig
 from reconstructor.train import train
 
 
@@ -174,15 +170,8 @@ def test_pictures_without_a_network_that_reads_them_are_an_error(exported, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def tiny_perception():
-    trunk = TrunkConfig(16, 8, (1, 1))
-    config = PerceptionConfig(trunk=trunk, identity_size=4, hidden=4, motion_trunk=trunk, motion_directions=4, motion_hidden=4)
-    with weights_drawn_from(torch_generator("tiny perception")):
-        return Perception(config)
-
-
-def test_the_perception_network_reads_flame_motion_or_the_image_motion_vector():
-    network = tiny_perception()
+def test_the_perception_network_reads_flame_motion_or_the_image_motion_vector(tiny_perception, tmp_path):
+    network = tiny_perception(tmp_path)
     pictures = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     flame, vectors = perception_reader(network, 109)(pictures), perception_reader(network, 548)(pictures)
     assert torch.equal(flame.vector, flame.motion.vector()) and torch.equal(flame.motion.expression, network.read(pictures).expression)
@@ -192,9 +181,8 @@ def test_the_perception_network_reads_flame_motion_or_the_image_motion_vector():
         perception_reader(network, 110)
 
 
-def test_pictures_drive_through_an_exported_perception_network(exported, tmp_path):
-    network = tiny_perception()
-    export_model(tmp_path / "perception", network.state_dict(), PerceptionExport(network=network.config), PERCEPTION, 1)
+def test_pictures_drive_through_an_exported_perception_network(exported, tiny_perception, tmp_path):
+    tiny_perception(tmp_path / "perception")
     (tmp_path / "pictures").mkdir()
     Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(tmp_path / "pictures" / "a.png")
     settings = DriveRun(

@@ -12,9 +12,10 @@ from PIL import Image
 from datagen.plan import open_plan
 from datagen.reading import open_dataset
 from head3d.labels import unpack_label
-from head3d.run.errors import DataError
+from head3d.run.errors import AssetError, DataError
 from reconstructor import evaluate as evaluation
 from reconstructor.evaluate import METRICS, ROWS, TASKS, Case, EvaluateRun, Truths, draw_cases, evaluate, mean_training_image, measure
+from reconstructor.perception_errors import PICTURE_UNITS
 from reconstructor.train import train
 
 
@@ -99,6 +100,26 @@ def test_results_are_written_and_a_second_call_only_prints(config, capsys, monke
     monkeypatch.setattr(evaluation, "measure_all", None)
     assert evaluate(config) == 0
     assert "measured before" in capsys.readouterr().out
+
+
+def test_a_perception_network_adds_what_it_sees_and_its_own_error(config, tiny_perception, tmp_path, capsys):
+    tiny_perception(tmp_path / "judge", "evaluation")
+    config = dataclasses.replace(config, out=tmp_path / "out", perception=tmp_path / "judge", samples=1)
+    assert evaluate(config) == 0
+    result = json.loads((config.out / "evaluation.json").read_text())
+    assert result["metrics"].keys() == METRICS.keys() | PICTURE_UNITS.keys() and result["perception_errors"]["pictures"] == 9
+    for content in result["tasks"].values():
+        rows = content["rows"]
+        assert list(rows) == [*ROWS, "truth"] and set(rows["truth"]) == set(PICTURE_UNITS)
+        assert rows["truth"]["perceptual"]["mean"] == 0 < rows["copy_source"]["perceptual"]["mean"]
+        assert rows["copy_source"]["identity"]["mean"] == pytest.approx(1, abs=1e-5)
+    for _ in range(2):  # the second call only prints
+        printed = capsys.readouterr().out
+        assert evaluate(config) == 0
+        assert "the perception network's own error on 9 pictures of 7 people held out" in printed and "jaw_deg" in printed
+    tiny_perception(tmp_path / "judge", "losses")
+    with pytest.raises(AssetError, match="trained with --role evaluation, got losses"):
+        evaluate(dataclasses.replace(config, out=tmp_path / "other"))
 
 
 def test_a_perfect_prediction_has_no_error_and_depth_counts_on_the_head_only(world, config):

@@ -89,8 +89,8 @@ def test_pictures_of_two_sizes_in_one_batch_become_the_smaller():
 def pictures(count=4, side=32):
     draws = torch.Generator().manual_seed(0)
     numbers = torch.arange(count)
-    opacity = torch.zeros(count, 1, side // 2, side // 2)
-    opacity[..., side // 8 : 3 * side // 8, side // 8 : 3 * side // 8] = 1
+    opacity = torch.zeros(count, 1, side, side)
+    opacity[..., side // 4 : 3 * side // 4, side // 4 : 3 * side // 4] = 1
     return Pictures(torch.rand(count, 3, side, side, generator=draws) * 1.6 - 0.8, opacity, torch.zeros(count, 437), numbers, numbers)
 
 
@@ -149,3 +149,19 @@ def test_colours_change_and_stay_pictures():
     config = AugmentConfig(blur=0, zoom=0, shift=0, background_share=0)
     seen = changed(pictures(), config).image
     assert seen.abs().max() <= 1 and (seen - pictures().image).abs().mean() > 0.05
+
+
+def test_pictures_of_different_sides_come_at_one():
+    class Set:
+        frames = frames(people=2)
+
+        def read(self, frame, members):
+            side = 8 if frame.identity else 16
+            label = np.full((2, 437), frame.identity, np.float32)
+            picture = np.full((side, side, 3), 255 * frame.identity, np.uint8)
+            return {members[0]: picture, "opacity": np.full((2, side // 2, side // 2), 0.25, np.float32), "label": label}
+
+    read = read_pictures(Set(), [PictureKey(0, 1), PictureKey(2, 0)], 12)
+    assert read.image.shape == (2, 3, 12, 12) and read.image[:, 0, 5, 5].tolist() == pytest.approx([-1, 1], abs=1e-5)
+    assert read.opacity.shape == (2, 1, 12, 12) and torch.allclose(read.opacity, torch.tensor(0.25))
+    assert read.label[:, 0].tolist() == read.identity.tolist() == [0, 1] and read.frame.tolist() == [0, 2]

@@ -64,7 +64,7 @@ def learner_and_pictures(config):
     by_identity = training_frames(dataset.frames, config.role, "here")
     learner = training.build(config, dataset, open_plan(config.shards), by_identity, torch.device("cpu"))
     order = PictureOrder(dataset.frames, by_identity, config.batches, 0)
-    return learner, lambda rank, ranks: read_pictures(dataset, order.batch(0, rank, ranks))
+    return learner, lambda rank, ranks: read_pictures(dataset, order.batch(0, rank, ranks), 16)
 
 
 def differing(first, second):
