@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from head3d.cameras import project
 from head3d.head_model import HeadModel
-from head3d.labels import EXPRESSION_SIZE, MOTION_VECTOR_SIZE, Motion, unpack_label
+from head3d.labels import EXPRESSION_SIZE, MOTION_VECTOR_SIZE, SHAPE_SIZE, Motion, unpack_label
 from head3d.networks.resample import resize_antialias
 from head3d.rotations import axis_angle_to_matrix
 from head3d.run.checkpoint import fill_weights, load_exported
@@ -171,6 +171,7 @@ class MotionEncoder(nn.Module):
     """
 
     basis: Tensor  # [548, n] V
+    scale: Tensor  # [109] what FLAME motion is multiplied with: how far each number moves the mesh
 
     def __init__(self, config: PerceptionConfig) -> None:
         super().__init__()
@@ -180,6 +181,7 @@ class MotionEncoder(nn.Module):
         self.from_flame = nn.Sequential(
             nn.Linear(MOTION_VECTOR_SIZE, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, directions)
         )
+        self.register_buffer("scale", torch.ones(MOTION_VECTOR_SIZE))
         self.register_buffer("basis", torch.linalg.qr(torch.randn(IMAGE_MOTION_SIZE, directions)).Q)
 
     def coefficients(self, pictures: Tensor) -> Tensor:
@@ -188,7 +190,19 @@ class MotionEncoder(nn.Module):
 
     def flame_coefficients(self, motion: Motion) -> Tensor:
         """lambda [B, n] of FLAME motion; the neck has no part in it."""
-        return F.normalize(self.from_flame(motion.vector()), dim=1)
+        return F.normalize(self.from_flame(motion.vector() * self.scale), dim=1)
+
+    def calibrate(self, spread: Tensor, head: HeadModel) -> None:
+        """Let each number of FLAME motion count by what can be seen of it; spread [109] are their deviations in training.
+
+        The scale is how far a unit of it moves the vertex that moves most, over all numbers such that their mean square becomes 1.
+        Otherwise a hundred expressions that hardly show would hide the jaw, whose radians are small numbers.
+        """
+        step, shape = 0.05, torch.zeros(MOTION_VECTOR_SIZE, SHAPE_SIZE)
+        expression, jaw, eyes = (step * torch.eye(MOTION_VECTOR_SIZE)).split((EXPRESSION_SIZE, 3, 6), dim=1)
+        moved = head.vertices(shape, Motion(expression, torch.zeros_like(jaw), jaw, eyes)) - head.vertices(shape[:1], Motion.neutral(1))
+        reach = moved.norm(dim=2).amax(1) / step
+        self.scale.copy_(reach / (reach * spread).square().mean().sqrt().clamp(min=1e-8))
 
     def vector(self, coefficients: Tensor) -> Tensor:
         """lambda [B, n] -> motion vector [B, 548]; lengths and angles are kept but for the factor sqrt(548)."""
@@ -221,8 +235,8 @@ class Perception(nn.Module):
             self.regress[2].weight.mul_(0.1)  # begins near the mean
             self.regress[2].bias.zero_()
 
-    def calibrate(self, truth: Reading) -> None:
-        """Take centre, spread and mean rotation from the labels of N >= 2 training pictures."""
+    def calibrate(self, truth: Reading, head: HeadModel) -> None:
+        """Take centre, spread, mean rotation and the scale of motions from the labels of N >= 2 training pictures and their head."""
         numbers = truth.scalars()
         self.centre.copy_(numbers.mean(0))
         self.spread.copy_(numbers.std(0, correction=0))
@@ -230,6 +244,7 @@ class Perception(nn.Module):
         sign = torch.ones(3, device=left.device)
         sign[2] = torch.det(left @ right)
         self.mean_rotation.copy_(left * sign @ right)
+        self.motion.calibrate(self.spread[:MOTION_VECTOR_SIZE], head)
 
     def mean_reading(self, count: int) -> Reading:
         """What somebody says who has seen the training labels but not the picture: the trivial predictor, `count` times."""

@@ -32,7 +32,7 @@ READING_UNITS = {
 }
 PICTURE_UNITS = {
     "perceptual": "our perceptual distance from the truth, the picture's whole area, lower is better",
-    "identity": "cosine of the identity embeddings of picture and source, higher is better",
+    "identity_cosine": "cosine of the identity embeddings of picture and source, higher is better",
 } | {name: f"{unit}; read off the picture, against the true label, lower is better" for name, unit in READING_UNITS.items()}
 _BATCH = 64
 _MOST_FRAMES = 2000  # held-out frames measured, all views of each
@@ -78,7 +78,7 @@ def picture_measures(
     images, truth, source, label = (values.to(device) for values in (images, truth, source, label))
     found = {
         "perceptual": network.perceptual_distance(images, truth),
-        "identity": (network.identity(images) * network.identity(source)).sum(1),
+        "identity_cosine": (network.identity(images) * network.identity(source)).sum(1),
     }
     found |= reading_errors(network.read(images), true_reading(label, head), unpack_label(label).shape, head)
     return {name: values.cpu() for name, values in found.items()}

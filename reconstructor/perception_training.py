@@ -207,7 +207,7 @@ def build(config: PerceptionRun, dataset: ShardDataset, plan: Plan, by_identity:
     with weights_drawn_from(torch_generator(_seed(config), "perception", "weights")):
         network, scaffold = Perception(config.network), Scaffold(config.network, sorted(by_identity))
     truth = training_labels(dataset, by_identity, head)
-    network.calibrate(truth)
+    network.calibrate(truth, head)
     scaffold.calibrate(truth, network, head)
     network, scaffold, head = network.to(device), scaffold.to(device), head.to(device)
     averaged = copy.deepcopy(network).eval().requires_grad_(False)

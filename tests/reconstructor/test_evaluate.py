@@ -110,9 +110,10 @@ def test_a_perception_network_adds_what_it_sees_and_its_own_error(config, tiny_p
     assert result["metrics"].keys() == METRICS.keys() | PICTURE_UNITS.keys() and result["perception_errors"]["pictures"] == 9
     for content in result["tasks"].values():
         rows = content["rows"]
+        assert content["identities"] <= len({frame.identity for frame in open_dataset(config.shards).frames if frame.split == "test"})
         assert list(rows) == [*ROWS, "truth"] and set(rows["truth"]) == set(PICTURE_UNITS)
         assert rows["truth"]["perceptual"]["mean"] == 0 < rows["copy_source"]["perceptual"]["mean"]
-        assert rows["copy_source"]["identity"]["mean"] == pytest.approx(1, abs=1e-5)
+        assert rows["copy_source"]["identity_cosine"]["mean"] == pytest.approx(1, abs=1e-5)
     for _ in range(2):  # the second call only prints
         printed = capsys.readouterr().out
         assert evaluate(config) == 0

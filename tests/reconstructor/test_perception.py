@@ -110,7 +110,7 @@ def test_pictures_of_any_side_are_read(network):
 def test_calibration_takes_means_deviations_and_the_mean_rotation(network, built_in_head):
     truth = [true_reading(turned(yaw, expression=torch.full((1, 100), value)), built_in_head) for yaw, value in ((0.3, 1.0), (-0.5, 3.0))]
     truth = Reading(*(torch.cat(column) for column in zip(*truth, strict=True)))
-    network.calibrate(truth)
+    network.calibrate(truth, built_in_head)
     mean = network.mean_reading(4)
     assert torch.allclose(mean.expression, torch.full((4, 100), 2.0)) and torch.allclose(network.spread[:100], torch.ones(100))
     assert torch.allclose(mean.landmarks[0], truth.landmarks.mean(0))
@@ -132,6 +132,25 @@ def test_the_neck_has_no_part_in_the_motion_vector_and_the_jaw_has(network):
     encode, rest = network.motion.flame_coefficients, Motion.neutral(1)
     assert torch.equal(encode(rest), encode(rest._replace(neck_pose=torch.ones(1, 3))))
     assert not torch.equal(encode(rest), encode(rest._replace(jaw_pose=torch.ones(1, 3))))
+
+
+def test_flame_motion_counts_by_how_far_it_moves_the_mesh(network, built_in_head):
+    spread = torch.ones(109)
+    network.motion.calibrate(spread, built_in_head)
+    scale = network.motion.scale.clone()
+    assert scale.square().mean().item() == pytest.approx(1, rel=1e-4)
+    vertices = [
+        built_in_head.vertices(torch.zeros(1, 300), motion)
+        for motion in (
+            Motion.neutral(1),
+            Motion.neutral(1)._replace(jaw_pose=torch.tensor([[0.05, 0, 0]])),
+            Motion.neutral(1)._replace(expression=torch.nn.functional.one_hot(torch.tensor([7]), 100) * 0.05),
+        )
+    ]
+    jaw, smile = ((moved - vertices[0]).norm(dim=2).max() for moved in vertices[1:])
+    assert (scale[100] / scale[7]).item() == pytest.approx((jaw / smile).item(), rel=1e-3)
+    network.motion.calibrate(2 * spread, built_in_head)
+    assert torch.allclose(network.motion.scale, scale / 2)
 
 
 def test_an_export_is_loaded_for_its_own_role_alone(network, tmp_path):

@@ -75,7 +75,7 @@ def measured(built_in_head):
     trunk = TrunkConfig(16, 8, (1, 1))
     config = PerceptionConfig(trunk=trunk, identity_size=4, hidden=4, motion_trunk=trunk, motion_directions=4, motion_hidden=4)
     network = Perception(config)
-    network.calibrate(truth)
+    network.calibrate(truth, built_in_head)
     scaffold = Scaffold(config, [3, 5])
     scaffold.calibrate(truth, network, built_in_head)
     return network, scaffold, truth, built_in_head
