@@ -70,22 +70,6 @@ def test_the_order_depends_on_position_and_seed_alone_and_ranks_share_it_out():
     assert one.batch(24)[2:] == one.batch(26)[:6]  # the clock counts pictures, two of each person
 
 
-def test_pictures_of_two_sizes_in_one_batch_become_the_smaller():
-    class Dataset:
-        def __init__(self):
-            self.frames = [types.SimpleNamespace(identity=number, side=side) for number, side in enumerate((16, 8))]
-
-        def read(self, entry, members):
-            picture = np.full((entry.side, entry.side, 3), 255, np.uint8)
-            picture[:, : entry.side // 2] = 0
-            return {"rgb.0": picture, "opacity": np.ones((1, 4, 4), np.float32), "label": np.zeros((1, 437), np.float32)}
-
-    found = read_pictures(Dataset(), [PictureKey(0, 0), PictureKey(1, 0)])
-    assert found.image.shape == (2, 3, 8, 8) and found.opacity.shape == (2, 1, 4, 4) and found.identity.tolist() == [0, 1]
-    assert (found.image[:, :, :, 0] == -1).all() and (found.image[:, :, :, 7] == 1).all()
-    assert read_pictures(Dataset(), [PictureKey(0, 0)]).image.shape == (1, 3, 16, 16)
-
-
 def pictures(count=4, side=32):
     draws = torch.Generator().manual_seed(0)
     numbers = torch.arange(count)
