@@ -44,6 +44,8 @@ from head3d.run.errors import ConfigError
 from head3d.run.files import TEMPORARY_PREFIX
 from head3d.run.runlog import progress
 
+FAILURES_SHOWN = 20  # at the end; the ledger has them all
+
 
 @dataclasses.dataclass(frozen=True)
 class DatagenRun:
@@ -105,14 +107,23 @@ def generate(config: DatagenRun) -> int:
         if config.page and (made or out.size("index.html") is None):
             write_report(out)
     print(f"{config.out}: {plan.shard_count} shards, {total} pictures of {plan.identities} identities; made {made} shards now")
-    for shard, reason in sorted(dispatch.given_up.items()):
-        print(f"  shard {shard:06d} failed: {reason}")
     if dispatch.given_up:
-        print(
-            f"{len(missing) - made} shards are missing; {out.where(LEDGER)} says who tried and what the frame was. Mend what is named and "
-            "call the same command again: it makes only those"
-        )
+        _say_failures(dispatch, len(missing) - made, out.where(LEDGER), config.failure_share)
     return 1 if dispatch.given_up else 0
+
+
+def _say_failures(dispatch: Dispatch, missing: int, ledger: str, share: float) -> None:
+    failed = sorted(dispatch.given_up.items())
+    for shard, reason in failed[:FAILURES_SHOWN]:
+        print(f"  shard {shard:06d} failed: {reason}")
+    if len(failed) > FAILURES_SHOWN:
+        print(f"  and {len(failed) - FAILURES_SHOWN} more")
+    if dispatch.stopped:
+        print(f"stopped, because more than {share:.3g} of all shards were given up (failure_share)")
+    print(
+        f"{missing} shards are missing; {ledger} says who tried and what the frame was. Mend what is named and call the same command "
+        "again: it makes only those"
+    )
 
 
 def make_plan(config: DatagenRun) -> Plan:

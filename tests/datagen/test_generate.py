@@ -289,6 +289,7 @@ def test_too_many_failures_stop_the_run(tmp_path, run_of, monkeypatch, capsys):
     assert tried == [0, 2]
     said = capsys.readouterr().out
     assert "made 0 shards now" in said and "3 shards are missing" in said  # the one that was not tried is missing too
+    assert "stopped, because more than 0.34 of all shards were given up (failure_share)" in said
 
 
 def test_a_value_out_of_range_names_the_identity(tmp_path, run_of, monkeypatch, capsys):
