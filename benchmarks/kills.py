@@ -52,7 +52,13 @@ def run(out: Path, shards: int, workers: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "pipelines", "datagen", "--config", "configs/datagen_tiny.yaml", "--out", str(out)]
     command += ["--generator", "pretrained/genhead-tiny", "--device", "cpu", "--identities", str(2 * shards), "--workers", str(workers)]
     command += ["--shards.identities_per_shard", "2", "--page", "false"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with said_by(out).open("a") as said:
+        return subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+
+
+def said_by(out: Path) -> Path:
+    """Where a run says what it does."""
+    return out.with_suffix(".txt")
 
 
 def disturb(out: Path, shards: int, workers: int, count: int, rng: np.random.Generator) -> list[str]:
@@ -77,7 +83,7 @@ def disturb(out: Path, shards: int, workers: int, count: int, rng: np.random.Gen
             kills.append(victim)
             print(f"kill {len(kills)}: {victim}, after {made_shards(out)} of {shards} shards", flush=True)
         if driver.wait():
-            raise SystemExit(f"the run ended with status {driver.returncode}")
+            raise SystemExit(f"the run ended with status {driver.returncode}:\n{said_by(out).read_text()[-5000:]}")
     finally:
         driver.kill()
     return kills
