@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,15 @@ from torch import Tensor
 
 from datagen.speed import FarmTime, measure_farm
 from genhead.generator import GenHeadConfig
-from genhead.speed import StageTime, measure_stages, median_seconds
+from genhead.speed import (
+    CONVOLUTION_FLOP,
+    MOTIONS,
+    VIEWS,
+    GeneratorTimes,
+    convolution_seconds,
+    measure_generator,
+    median_seconds,
+)
 from head3d.cameras import camera_rays, frontal
 from head3d.deformation import Deformation
 from head3d.head_model import load_head_model
@@ -26,6 +33,7 @@ from head3d.labels import Motion
 from head3d.rasterize import rasterize
 from head3d.run.config import NonNegativeInt, PositiveInt
 from head3d.run.files import write_atomic
+from head3d.run.memory import peak_memory_mb
 from head3d.run.seeding import torch_generator
 from head3d.triplane import sample_planes
 
@@ -35,11 +43,10 @@ BOX_SIDE = 1.3
 
 @dataclasses.dataclass(frozen=True)
 class BenchRun:
-    """Print a table and write it as JSON with machine, versions and date."""
+    """Print a table and write it as JSON with machine, versions and date. It runs on OMP_NUM_THREADS threads, or on all cores."""
 
     out: Path = Path("runs/bench.json")  # the table as JSON
     repeats: PositiveInt = 10  # timings of each row, of which the median counts
-    threads: NonNegativeInt = 1  # CPU threads of torch; 0 leaves its default
     genhead: NonNegativeInt = 3  # timings of each stage of the published generator, of which the median counts; 0 leaves it out
     farm: NonNegativeInt = 2  # shards that each data-generation worker makes with it, alone and with a second one; 0 leaves it out
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
@@ -56,8 +63,6 @@ class Row(NamedTuple):
 
 def main(config: BenchRun) -> None:
     """Measure on the CPU, print, write `config.out`."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
     with torch.inference_mode():
         table = measure(config)
     width = max(len(row.part) for row in table)
@@ -65,10 +70,10 @@ def main(config: BenchRun) -> None:
     for row in table:
         share = f"{row.limit_s / row.seconds:7.0%}" if row.limit_s else "      -"
         print(f"{row.part:{width}} {row.seconds * 1e3:9.2f} {row.limit_s * 1e3:9.2f} {share}  {row.limit}")
-    generator_rows: list[StageTime] = []
+    times = GeneratorTimes([], [])
     if config.genhead:
-        generator_rows = measure_stages(GenHeadConfig(), load_head_model(config.head_model), repeats=config.genhead)
-        print_generator(generator_rows)
+        times = measure_generator(GenHeadConfig(), load_head_model(config.head_model), repeats=config.genhead)
+        print_generator(times)
     farm_rows = measure_farm(GenHeadConfig(), config.head_model, config.farm) if config.farm else []
     print_farm(farm_rows)
     record = {
@@ -76,7 +81,7 @@ def main(config: BenchRun) -> None:
         "machine": {"system": platform.platform(), "processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "rows": [row._asdict() for row in table],
-        "genhead": [row._asdict() for row in generator_rows],
+        "genhead": {"identities": [row._asdict() for row in times.identities], "stages": [row._asdict() for row in times.stages]},
         "farm": [row._asdict() for row in farm_rows],
         "peak_memory_mb": peak_memory_mb(),
     }
@@ -84,12 +89,17 @@ def main(config: BenchRun) -> None:
     print(f"Written to {config.out}")
 
 
-def print_generator(rows: list[StageTime]) -> None:
-    """The published generator's stages."""
-    print(f"\n{'published GenHead, 512 x 512 from 64 x 64 rays':46} {'batch':>5} {'s/image':>8} {'GFLOP':>7}")
-    for row in rows:
-        flop = f"{row.gflop_per_image:7.1f}" if row.gflop_per_image else "      -"
-        print(f"{row.stage:46} {row.batch:5d} {row.seconds_per_image:8.3f} {flop}")
+def print_generator(times: GeneratorTimes) -> None:
+    """The published generator: one identity as it is shared by its pictures, and the stages of independent ones."""
+    print("\npublished GenHead, 512 x 512 from 64 x 64 rays; the floor is its arithmetic at the speed of a large convolution")
+    print(f"{f'one identity, {MOTIONS} motions x {VIEWS} views':30} {'s/image':>8} {'PSNR dB':>8} {'peak MB':>8}")
+    for row in times.identities:
+        quality = "-" if row.psnr_db is None else f"{row.psnr_db:.1f}"
+        print(f"{row.precision:30} {row.seconds_per_image:8.3f} {quality:>8} {row.peak_memory_mb:8.0f}")
+    print(f"{'stage':30} {'precision':>9} {'batch':>5} {'s/image':>8} {'floor s':>8} {'GFLOP':>7}")
+    for row in times.stages:
+        arithmetic = f"{row.floor_s:8.3f} {row.gflop_per_image:7.1f}" if row.gflop_per_image else f"{'-':>8} {'-':>7}"
+        print(f"{row.stage:30} {row.precision:>9} {row.batch:5d} {row.seconds_per_image:8.3f} {arithmetic}")
 
 
 def print_farm(rows: list[FarmTime]) -> None:
@@ -99,14 +109,6 @@ def print_farm(rows: list[FarmTime]) -> None:
     for row in rows:
         workers = f"{row.workers} worker{'s' if row.workers > 1 else ''}, one thread each"
         print(f"{workers:30} {row.seconds:9.3f} {row.beside_s / row.render_s:17.1%} {rows[0].seconds / row.seconds:17.2f}")
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has held, in MB (Linux and macOS)."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
 def measure(config: BenchRun) -> list[Row]:
@@ -119,19 +121,20 @@ def measure(config: BenchRun) -> list[Row]:
     def timed(work: Callable[[], object]) -> float:
         return median_seconds(work, config.repeats)
 
-    matrix, block, image, kernel = draw(1024, 1024), draw(1 << 24), draw(1, 256, 64, 64), draw(256, 256, 3, 3)
+    matrix, block = draw(1024, 1024), draw(1 << 24)
     product_s = timed(lambda: matrix @ matrix)
-    convolution_s, convolution_flop = timed(lambda: F.conv2d(image, kernel, padding=1)), 2 * 9 * 256**2 * 64**2
-    flops = max(2 * 1024**3 / product_s, convolution_flop / convolution_s)  # different libraries do the two
+    convolution_s, rounded_s = (convolution_seconds(precision, config.repeats) for precision in ("float32", "bfloat16"))
+    flops = max(2 * 1024**3 / product_s, CONVOLUTION_FLOP / convolution_s)  # different libraries do the two
     bandwidth = 2 * 4 * block.numel() / timed(block.clone)
     rows = [
         Row("matrix product 1024", product_s, 2 * 1024**3 / flops, f"{2 * 1024**3 / product_s / 1e9:.0f} GFLOP/s"),
         Row(
             "convolution 256 channels, 64 x 64",
             convolution_s,
-            convolution_flop / flops,
-            f"{convolution_flop / convolution_s / 1e9:.0f} GFLOP/s",
+            CONVOLUTION_FLOP / flops,
+            f"{CONVOLUTION_FLOP / convolution_s / 1e9:.0f} GFLOP/s",
         ),
+        Row("the same in bfloat16", rounded_s, 0.0, f"{CONVOLUTION_FLOP / rounded_s / 1e9:.0f} GFLOP/s"),
         Row("copy 64 MiB", 8 * block.numel() / bandwidth, 0.0, f"{bandwidth / 1e9:.1f} GB/s"),
     ]
 

@@ -1,4 +1,4 @@
-"""Keep freed memory for the next tensor instead of handing it back to the system (Linux with glibc)."""
+"""Keep freed memory for the next tensor instead of handing it back to the system (Linux with glibc); the most that was held."""
 
 from __future__ import annotations
 
@@ -47,3 +47,11 @@ def restart_tuned() -> None:
     if environment is not None and sys.executable and sys.orig_argv:
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far, in MB (Linux and macOS)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

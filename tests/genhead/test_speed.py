@@ -1,20 +1,30 @@
-"""The generator's time by stage: every stage is there, and the parts make the whole."""
+"""The generator's time by stage and precision: every stage is there, and the parts make the whole."""
 
 import pytest
 
-from genhead.speed import _split, measure_stages
+from genhead.speed import _split, measure_generator
 from head3d.head_model import load_head_model
 
 
 def test_stages_add_up_and_the_decoder_s_arithmetic_is_counted(tiny_genhead):
-    rows = measure_stages(tiny_genhead(16), load_head_model(None), batches=(1, 2), repeats=1)
-    for batch in (1, 2):
-        parts = {row.stage: row for row in rows if row.batch == batch and row.stage != "all" and " x " not in row.stage}
-        (whole,) = (row for row in rows if row.batch == batch and row.stage == "all")
-        assert whole.seconds_per_image == pytest.approx(sum(row.seconds_per_image for row in parts.values() if "images" not in row.stage))
-        # 64 rays x 7 samples, each 4 x 8 + 8 x (1 + 6) multiply-adds in the head branch at least
-        assert parts["rays"].gflop_per_image >= 2 * 64 * 7 * (4 * 8 + 8 * 7) / 1e9
-    assert rows[-2].stage == "identity of 4 motions x 4 views" and rows[-2].seconds_per_image > 0
+    times = measure_generator(tiny_genhead(16), load_head_model(None), batches=(1, 2), repeats=1)
+    for precision in ("float32", "bfloat16"):
+        for batch in (1, 2):
+            *parts, whole = (row for row in times.stages if (row.batch, row.precision) == (batch, precision))
+            assert len(parts) == 8 and whole.stage == "all"
+            for column in ("seconds_per_image", "gflop_per_image", "floor_s"):
+                assert getattr(whole, column) == pytest.approx(sum(getattr(row, column) for row in parts))
+            arithmetic = {row.stage: row.gflop_per_image for row in parts}
+            # 64 rays x 7 samples, each 4 x 8 + 8 x (1 + 6) multiply-adds in the head branch at least
+            assert arithmetic["rays"] >= 2 * 64 * 7 * (4 * 8 + 8 * 7) / 1e9
+            assert arithmetic["deformation"] == 0 and arithmetic["super-resolution"] > 0
+
+
+def test_an_identity_is_timed_in_both_precisions_and_its_pictures_are_compared(tiny_genhead):
+    exact, rounded = measure_generator(tiny_genhead(16), load_head_model(None), batches=(), repeats=1).identities
+    assert (exact.precision, exact.psnr_db, rounded.precision) == ("float32", None, "bfloat16")
+    assert 30 < rounded.psnr_db < 90
+    assert exact.seconds_per_image > 0 and exact.peak_memory_mb >= rounded.peak_memory_mb > 10
 
 
 def test_queries_are_split_evenly_over_the_runs():

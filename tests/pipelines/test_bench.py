@@ -3,7 +3,7 @@
 import json
 
 from datagen.speed import FarmTime
-from genhead.speed import StageTime
+from genhead.speed import GeneratorTimes, IdentityTime, StageTime
 from pipelines.bench import BenchRun, main, print_farm, print_generator
 
 
@@ -16,10 +16,13 @@ def test_the_table_is_written_with_machine_versions_and_limits(tmp_path, capsys)
     assert "deformation: 64 x 64 x 48 points" in capsys.readouterr().out
 
 
-def test_stages_are_printed_by_batch(capsys):
-    print_generator([StageTime("planes", 4, 0.75, 120.0), StageTime("masks", 4, 0.06, 0.0)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split() == ["planes", "4", "0.750", "120.0"] and lines[-1].split() == ["masks", "4", "0.060", "-"]
+def test_the_generator_is_printed_by_precision_stage_and_batch(capsys):
+    identities = [IdentityTime("float32", 0.75, None, 2000.0), IdentityTime("bfloat16", 0.5, 51.26, 1500.0)]
+    stages = [StageTime("planes", "bfloat16", 4, 0.75, 120.0, 0.25), StageTime("masks", "float32", 4, 0.06, 0.0, 0.0)]
+    print_generator(GeneratorTimes(identities, stages))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-5:-3] == [["float32", "0.750", "-", "2000"], ["bfloat16", "0.500", "51.3", "1500"]]
+    assert lines[-2:] == [["planes", "bfloat16", "4", "0.750", "0.250", "120.0"], ["masks", "float32", "4", "0.060", "-", "-"]]
 
 
 def test_the_farm_is_printed_with_its_overhead_and_how_workers_add_up(capsys):
