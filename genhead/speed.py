@@ -69,7 +69,7 @@ def measure_generator(config: GenHeadConfig, head: HeadModel, batches: tuple[int
         _identity(genhead, precision, motions=1)  # first calls choose kernels
         begun = time.perf_counter()
         pictures[precision] = _identity(genhead, precision, MOTIONS)
-        seconds = (time.perf_counter() - begun) / (MOTIONS * VIEWS)
+        seconds = (time.perf_counter() - begun) / len(pictures[precision])
         identities[precision] = IdentityTime(precision, seconds, None, peak_memory_mb())
     exact = pictures["float32"]
     rounded = identities["bfloat16"]._replace(psnr_db=psnr_db(pictures["bfloat16"], exact, 2.0))
@@ -113,13 +113,13 @@ def _stages(genhead: GenHead, batch: int, precision: Precision, repeats: int, ra
         "mesh and deformation tables": lambda: genhead.pose(shape, motion),
         "masks": masks,
     }
-    seconds = {name: median_seconds(work, repeats) for name, work in (rounded | exact).items()}
-    flop = {name: _flop(work) for name, work in (rounded | exact).items()}
+    measured = {name: _measured(work, repeats) for name, work in (rounded | exact).items()}
+    seconds, flop = ({name: values[i] for name, values in measured.items()} for i in (0, 1))
     with _deformation_clock(genhead) as clock:
-        whole = median_seconds(render, repeats)
+        whole, whole_flop = _measured(render, repeats)
     seconds["deformation"] = statistics.median(_split(clock, repeats + 1)[1:])
     seconds["rays"] = whole - seconds["masks"] - seconds["super-resolution"] - seconds["deformation"]
-    flop["rays"] = _flop(render) - flop["super-resolution"] - flop["masks"]
+    flop["rays"] = whole_flop - flop["super-resolution"] - flop["masks"]
     rows = [
         StageTime(
             name,
@@ -190,15 +190,17 @@ def _split(spent: list[float], runs: int) -> list[float]:
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
     """Median wall time of `work` over `repeats` calls, after one that does not count."""
     work()
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    return statistics.median(_seconds(work) for _ in range(repeats))
 
 
-def _flop(work: Callable[[], object]) -> int:
+def _measured(work: Callable[[], object], repeats: int) -> tuple[float, int]:
+    """Median wall time of `work`, and the operations that its first call, which does not count, was seen to do."""
     with FlopCounterMode(display=False) as counter:
         work()
-    return counter.get_total_flops()
+    return statistics.median(_seconds(work) for _ in range(repeats)), counter.get_total_flops()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
