@@ -6,8 +6,12 @@ from genhead.speed import _split, measure_generator
 from head3d.head_model import load_head_model
 
 
-def test_stages_add_up_and_the_decoder_s_arithmetic_is_counted(tiny_genhead):
-    times = measure_generator(tiny_genhead(16), load_head_model(None), batches=(1, 2), repeats=1)
+@pytest.fixture(scope="module")
+def times(tiny_genhead):
+    return measure_generator(tiny_genhead(16), load_head_model(None), batches=(1, 2), repeats=1)
+
+
+def test_stages_add_up_and_the_decoder_s_arithmetic_is_counted(times):
     for precision in ("float32", "bfloat16"):
         for batch in (1, 2):
             *parts, whole = (row for row in times.stages if (row.batch, row.precision) == (batch, precision))
@@ -20,8 +24,8 @@ def test_stages_add_up_and_the_decoder_s_arithmetic_is_counted(tiny_genhead):
             assert arithmetic["deformation"] == 0 and arithmetic["super-resolution"] > 0
 
 
-def test_an_identity_is_timed_in_both_precisions_and_its_pictures_are_compared(tiny_genhead):
-    exact, rounded = measure_generator(tiny_genhead(16), load_head_model(None), batches=(), repeats=1).identities
+def test_an_identity_is_timed_in_both_precisions_and_its_pictures_are_compared(times):
+    exact, rounded = times.identities
     assert (exact.precision, exact.psnr_db, rounded.precision) == ("float32", None, "bfloat16")
     assert 30 < rounded.psnr_db < 90
     assert exact.seconds_per_image > 0 and exact.peak_memory_mb >= rounded.peak_memory_mb > 10
