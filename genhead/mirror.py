@@ -37,9 +37,10 @@ class LabelMirror:
         unpaired = (self.partners[self.partners] != torch.arange(len(template))).double().mean().item()
         if distance > PARTNER_LIMIT or unpaired > UNPAIRED_LIMIT:
             raise AssetError(
-                f"head model {head.content_hash}: expected a template whose left and right correspond, but a vertex is {distance:.3g} "
-                f"scene units from its mirror image (limit {PARTNER_LIMIT}) and {unpaired:.1%} of the vertices have no partner (limit "
-                f"{UNPAIRED_LIMIT:.0%}); train without --sampling.mirror"
+                f"head model of content {head.content_hash[:16]}: expected a template whose left and right correspond, but a vertex lies "
+                f"{distance:.3g} scene units (limit {PARTNER_LIMIT:g}) from the nearest one to its mirror image, and {unpaired:.1%} of the "
+                f"vertices (limit {UNPAIRED_LIMIT:.0%}) are not their partner's partner; train without --sampling.mirror, or fit flipped "
+                "photographs and import them as portraits of their own"
             )
         basis = head.basis.double().cpu().unflatten(1, (-1, 3))
         asymmetry = template[self.partners] * self.flip - template

@@ -19,9 +19,10 @@ from genhead.generator import GenHead, GenHeadConfig
 from genhead.published import GENHEAD_NAMES, read_recipe, rename
 from head3d.cameras import Camera
 from head3d.deformation import DeformationConfig
-from head3d.head_model import load_head_model
+from head3d.head_model import HeadModel, load_head_model
 from head3d.labels import Motion
 from head3d.rasterize import correspondence_map, part_masks
+from head3d.run.checkpoint import fill_weights
 from head3d.run.errors import AssetError
 from head3d.run.seeding import torch_generator, weights_drawn_from
 
@@ -71,15 +72,26 @@ def read_recording(folder: Path) -> Callable[[str], Tensor]:
     return read
 
 
+def read_head(folder: Path) -> HeadModel:
+    """The head that a recording was made with, from above its folder. Raises AssetError if it is missing or damaged."""
+    path = folder.resolve().parent / "head.npz"
+    if not path.is_file():
+        raise AssetError(
+            f"{path}: expected the head of the recordings above {folder}, found no such file; copy it together with the folder"
+        )
+    return load_head_model(path)
+
+
 @torch.no_grad()
 def compare(folder: Path) -> list[Comparison]:
     """Build the 512 x 512 network, fill it from the recipe, run the recorded inputs. Needs about 2 GB and a minute of one core."""
     recorded = read_recording(folder)
-    head = load_head_model(folder.parent / "head.npz")
+    head = read_head(folder)
     config = GenHeadConfig(published=True, deformation=DeformationConfig(published=True))
     with weights_drawn_from(torch_generator("parity")):
         genhead = GenHead(config, head).eval()
-    genhead.load_weights(rename(read_recipe(folder), GENHEAD_NAMES, str(folder)), str(folder))
+    recipe = rename(read_recipe(folder), GENHEAD_NAMES, str(folder))
+    fill_weights(genhead, recipe, str(folder / "recipe.json"), "copy the file again; it lists every tensor of the 512 x 512 network")
 
     z, shape, pose = recorded("z"), recorded("shape"), recorded("pose")
     camera = Camera.from_label(recorded("camera"))

@@ -73,7 +73,11 @@ def gaussian_blur(x: Tensor, sigma_px: float) -> Tensor:
 
 
 def blur_images(images: Tensor, sigma_px: float, include_raw: bool = False) -> Tensor:
-    """Blur the final picture in the discriminator's input [B, 10, S, S]; for reals also raw picture and opacity (`include_raw`)."""
+    """Blur the final picture in the discriminator's input [B, 10, S, S]; for reals also raw picture and opacity (`include_raw`).
+
+    Raw picture and opacity are blurred as they lie in that input, enlarged to S x S: sigma is in pixels of the final picture for all, so
+    at the rendering resolution R it amounts to sigma R / S. Fakes' raw pictures stay sharp, as published: they start blurred by themselves.
+    """
     if int(3 * sigma_px) < 1:
         return images
     parts = list(images.split((3, 3, 3, 1), dim=1))

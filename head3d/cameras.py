@@ -54,10 +54,17 @@ def look_at(
     roll_rad: Tensor | None = None,  # [B] rotation about the optical axis; positive turns the picture clockwise
     intrinsics: Tensor | None = None,  # [B, 3, 3]; None = the published field of view
 ) -> Camera:
-    """Cameras at `position` that look at `target` with world y up."""
+    """Cameras at `position` that look at `target` with world y up.
+
+    Straight up or down, where no direction in the picture is nearest to y, the picture's right is world +x: the limit of a camera in the
+    plane x = 0 in front of the target. Not defined for position = target.
+    """
     backward = torch.nn.functional.normalize(position - target, dim=-1)  # camera +z
     up = torch.tensor([0.0, 1.0, 0.0], device=position.device, dtype=position.dtype).expand_as(backward)
-    right = torch.nn.functional.normalize(torch.linalg.cross(up, backward), dim=-1)
+    across = torch.linalg.cross(up, backward)
+    sideways = torch.tensor([1.0, 0.0, 0.0], device=position.device, dtype=position.dtype)
+    vertical = across.norm(dim=-1, keepdim=True) < 1e-6
+    right = torch.nn.functional.normalize(torch.where(vertical, sideways, across), dim=-1)
     true_up = torch.linalg.cross(backward, right)
     if roll_rad is not None:
         cos, sin = roll_rad.cos()[:, None], roll_rad.sin()[:, None]

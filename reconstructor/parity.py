@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genhead.parity import Comparison, psnr_db, read_recording, relative_error
+from genhead.parity import Comparison, psnr_db, read_head, read_recording, relative_error
 from genhead.published import GENHEAD_NAMES, read_recipe, rename
 from head3d.cameras import Camera
 from head3d.deformation import DeformationConfig
-from head3d.head_model import load_head_model
 from head3d.labels import Motion
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
 from reconstructor.architectures.portrait4d import Portrait4D
@@ -33,7 +32,7 @@ def compare(folder: Path) -> list[Comparison]:
     """Build the published network, fill it from the recipe, run the recorded inputs. Needs about 3 GB and a minute of one core."""
     recorded, recipe = read_recording(folder), read_recipe(folder)
     where = str(folder / "recipe.json")
-    head = load_head_model(folder.parent / "head.npz")
+    head = read_head(folder)
     with torch.device("meta"):  # weights are assigned, so nothing is drawn for them first
         architecture = Portrait4D(ReconstructorConfig().architecture)
     load_published(architecture.eval(), recipe, where)
@@ -48,7 +47,8 @@ def compare(folder: Path) -> list[Comparison]:
 
 def _stages(model: Portrait4D, recorded: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(reference name, our output at the reference's stride) of each stage."""
-    image, always = recorded("image"), torch.ones(1)
+    image = recorded("image")
+    always = torch.ones(len(image))
     source = model.encode_source(image)
     yield "stage_encoder_global_every2", source.global_features[:, :, ::2, ::2]
     yield "stage_encoder_detail_every8", source.detail[:, :, ::8, ::8]
@@ -79,9 +79,9 @@ def _compare_pictures(
     pose = recorded("pose")
     motion = Motion(recorded("expression"), pose[:, :3], pose[:, 3:], recorded("eye_pose"))
     source = architecture.encode_source(recorded("image"))
-    planes = architecture.planes(source, recorded("motion_source"), recorded("motion_driver"), torch.ones(1))
+    planes = architecture.planes(source, recorded("motion_source"), recorded("motion_driver"), torch.ones(len(pose)))
     images = model.render(planes, source.background, model.pose(recorded("shape"), motion), Camera.from_label(recorded("camera")))
-    final = superresolution(images.raw, images.features, renderer["w_avg"][None])
+    final = superresolution(images.raw, images.features, renderer["w_avg"].expand(len(pose), -1))
     rows = [
         Comparison(name, relative_error(ours, recorded(f"out_{key}")), 1e-2, at_least=False)
         for name, key, ours in (

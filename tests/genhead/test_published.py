@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from genhead.background import BackgroundConfig, BackgroundGenerator
+from genhead.parity import compare
 from genhead.published import GENHEAD_NAMES, read_recipe, rename
 from head3d.networks.stylegan2 import Mapping, Synthesis
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
@@ -88,3 +89,11 @@ def test_the_published_networks_give_the_recorded_numbers(parity: Path) -> None:
         image = networks.superresolution(recorded["out_image"][:1], recorded["out_image_feature"][:1])
     error = (image - recorded["out_image_sr"][:1]).square().mean().item()
     assert 10 * math.log10(4 / error) >= 60
+
+
+def test_a_folder_of_recordings_without_its_head_is_told_so(tmp_path: Path, parity: Path) -> None:
+    folder = tmp_path / "genhead"
+    folder.mkdir()
+    (folder / "io.npz").symlink_to(parity / "genhead" / "io.npz")
+    with pytest.raises(AssetError, match=rf"{tmp_path}/head\.npz: expected the head of the recordings above {folder}, found no such file"):
+        compare(folder)

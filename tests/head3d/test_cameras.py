@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,3 +82,12 @@ def test_bounds_are_half_a_box_around_the_depth_of_the_origin():
 def test_roll_turns_the_picture_clockwise():
     uv, _ = project(torch.tensor([[[0.0, 0.1, 0.0]]]), _orbit(0.0, 0.0, roll=0.3))
     assert uv[0, 0, 0] > 0.5 and uv[0, 0, 1] < 0.5  # what was straight up now leans to the right
+
+
+@pytest.mark.parametrize(("height", "up"), [(4.0, -1.0), (-4.0, 1.0)])
+def test_a_camera_straight_above_or_below_has_x_to_its_right_as_its_neighbours_in_front_have(height, up):
+    camera = look_at(torch.tensor([[0.0, height, 0.0], [0.0, height, 1e-3]]), torch.zeros(2, 3))
+    # From above the top of the picture shows what lies behind the head (-z), from below what lies before it.
+    expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, up], [0.0, height / 4, 0.0]]).T
+    torch.testing.assert_close(camera.c2w[0, :3, :3], expected)
+    torch.testing.assert_close(camera.c2w[1, :3, :3], expected, atol=1e-3, rtol=0)
