@@ -42,6 +42,7 @@ from head3d.run.errors import ConfigError
 from head3d.run.seeding import torch_generator
 from head3d.run.training import (
     check_finite,
+    check_state,
     crossed,
     is_finished,
     open_run,
@@ -224,7 +225,10 @@ def circumstances(portraits: PortraitSet) -> dict[str, Any]:
 
 
 def save(config: GenHeadRun, game: Game, images_seen: int, state: dict[str, Any]) -> Path:
-    """Write a checkpoint: `state`, both networks, the average, both optimisers. Draws need no state (they are keyed by images seen)."""
+    """Write a checkpoint: `state`, both networks, the average, both optimisers. Draws need no state (they are keyed by images seen).
+
+    Raises Divergence, and writes nothing, if one of them is not finite.
+    """
     tensors: dict[str, Tensor] = {}
     state = dict(state)
     for name, network in game.networks().items():
@@ -232,6 +236,7 @@ def save(config: GenHeadRun, game: Game, images_seen: int, state: dict[str, Any]
     for name, optimizer in game.optimizers.items():
         packed, state[name] = pack_optimizer(optimizer, f"optimizer_{name}")
         tensors |= packed
+    check_state(tensors, images_seen, config.out, ADVICE)
     return save_checkpoint(config.out, images_seen, tensors, state, config, config.keep)
 
 

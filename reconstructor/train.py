@@ -36,6 +36,7 @@ from head3d.run.errors import AssetError, ConfigError
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from head3d.run.training import (
     check_finite,
+    check_state,
     crossed,
     is_finished,
     open_run,
@@ -338,6 +339,7 @@ def save(config: ReconstructorRun, learner: Learner, images_seen: int, state: di
     tensors, optimizer = pack_optimizer(learner.optimizer, "optimizer")
     for name, model in (("model", learner.model), ("averaged", learner.averaged)):
         tensors |= {f"{name}/{key}": value for key, value in model.weights().items()}
+    check_state(tensors, images_seen, config.out, ADVICE)
     return save_checkpoint(config.out, images_seen, tensors, state | {"optimizer": optimizer}, config, config.keep)
 
 

@@ -82,6 +82,12 @@ def check_finite(scalars: Mapping[str, float], images_seen: int, run_folder: Pat
         raise Divergence(f"{run_folder}: {', '.join(bad)} is not finite after {images_seen} images; last good checkpoint: {good}. {advice}")
 
 
+def check_state(tensors: Mapping[str, Tensor], images_seen: int, run_folder: Path, advice: str) -> None:
+    """The same of what a checkpoint would hold, before it takes the place of a good one: a finite loss may have spoilt the weights."""
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    check_finite(dict.fromkeys(broken[:3], math.nan), images_seen, run_folder, advice)
+
+
 def refuse_changes(saved: Checkpoint, settings: Mapping[str, Any], recorded: Mapping[str, Any], free: Collection[str]) -> None:
     """Raise ConfigError unless a run may go on from `saved`.
 

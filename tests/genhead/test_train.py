@@ -28,6 +28,7 @@ from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.config import load_yaml, save_yaml
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
+from head3d.run.training import Divergence
 from pipelines.portraits import PortraitsRun
 
 DISCRIMINATOR = DiscriminatorConfig(resolution=16, channel_base=64, channel_max=8, mapping_layers=1)
@@ -160,6 +161,22 @@ def test_a_line_is_the_mean_of_the_steps_since_the_last_one_also_across_a_stop(t
     for name in line.keys() - {"images_seen"}:
         values = [entry[name] for entry in steps if name in entry]
         assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-12), name
+
+
+def test_weights_that_a_finite_loss_has_spoilt_take_no_good_checkpoint_s_place(tmp_path, portraits, run_of, monkeypatch):
+    step = Game.step
+
+    def spoiling(game, labels, real, images_seen, number):
+        scalars = step(game, labels, real, images_seen, number)
+        if number == 1:
+            game.generator.decoder.color.bias.data[0] = torch.nan
+        return scalars
+
+    monkeypatch.setattr(Game, "step", spoiling)
+    message = r"generator/decoder\.color\.bias is not finite after 8 images; last good checkpoint: .*000000004\. Lower the learning rates"
+    with pytest.raises(Divergence, match=message):
+        train(run_of(tmp_path, portraits))
+    assert latest_checkpoint(tmp_path).images_seen == 4
 
 
 def test_the_average_is_measured_on_the_way_and_training_does_not_feel_it(tmp_path, portraits, finished, run_of):
