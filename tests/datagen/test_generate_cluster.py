@@ -11,7 +11,7 @@ from datagen.generate import generate
 from datagen.ledger import LEDGER
 from datagen.worker import ShardMaker
 
-WAIT_S = 90  # until a test gives up; it never waits that long unless something is wrong
+WAIT_S = 300  # until a test gives up; it never waits that long unless something is wrong
 
 
 @pytest.fixture(scope="module")
