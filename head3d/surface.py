@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from head3d.pictures import SYNTHETIC_NOTICE, to_uint8
+from head3d.rendering import composite
 from head3d.run.config import PositiveFloat
 from head3d.run.errors import DataError
 from head3d.run.files import write_atomic
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from trimesh import Trimesh
 
 POINTS_PER_CHUNK = 1 << 17  # of a query of the field: some 50 MB of features at 32 channels
+# A vertex has the colour that a ray sees which meets the surface along its normal, between these distances in front of it and behind;
+# a field that is no sharp surface has other colours at the threshold itself than in its pictures.
+RAY_START, RAY_END, RAY_SAMPLES = 0.03, -0.09, 13  # scene units: 10 mm before, 30 mm behind
 UNITS = "scene units, FLAME metres x 3; y up, the face looks to +z, the origin is the canonical neck joint"
 
 # points [N, 3] scene units -> colours [N, >= 3] in [0, 1], the first three RGB, and raw density [N] before softplus(x - 1)
@@ -53,7 +57,8 @@ def extract_surface(field: PointField, config: SurfaceConfig, device: torch.devi
     cell = config.box_side / (config.resolution - 1)
     axis = torch.linspace(-config.box_side / 2, config.box_side / 2, config.resolution)
     nodes = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).reshape(-1, 3)
-    density = torch.nn.functional.softplus(_query(field, nodes, device, lambda colors, raw: raw) - 1)
+    raw = torch.cat([field(chunk.to(device))[1].float().cpu() for chunk in nodes.split(POINTS_PER_CHUNK)])
+    density = torch.nn.functional.softplus(raw - 1)
     lowest, highest = float(density.min()), float(density.max())
     if not highest > config.threshold:  # also where it is not a number
         raise DataError(
@@ -64,14 +69,22 @@ def extract_surface(field: PointField, config: SurfaceConfig, device: torch.devi
     # scikit-image winds triangles clockwise as seen from the side that this argument names; from outside they must be counter-clockwise
     vertices, faces, _, _ = marching_cubes(volume, config.threshold, spacing=(cell,) * 3, gradient_direction="ascent")
     vertices = vertices.astype(np.float32) - np.float32(cell + config.box_side / 2)
-    colors = _query(field, torch.from_numpy(vertices).clamp(-config.box_side / 2, config.box_side / 2), device, lambda colors, raw: colors)
-    pixels = to_uint8(colors[:, :3].T[..., None] * 2 - 1)[:, 0]  # [N, 3]
-    return trimesh.Trimesh(vertices, faces, vertex_colors=pixels, process=False)
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    mesh.visual.vertex_colors = _colors(field, torch.from_numpy(vertices), torch.from_numpy(mesh.vertex_normals.astype(np.float32)), device)
+    return mesh
 
 
-def _query(field: PointField, points: Tensor, device: torch.device | str, choose: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """One of the field's two answers at points [N, 3], chunk by chunk, on the CPU."""
-    return torch.cat([choose(*field(chunk.to(device))).float().cpu() for chunk in points.split(POINTS_PER_CHUNK)])
+def _colors(field: PointField, vertices: Tensor, normals: Tensor, device: torch.device | str) -> np.ndarray:
+    """What a ray against the normal sees at vertices [N, 3]: uint8 [N, 3]."""
+    offsets = torch.linspace(RAY_START, RAY_END, RAY_SAMPLES)
+    seen = []
+    for start in range(0, len(vertices), POINTS_PER_CHUNK // RAY_SAMPLES):
+        rows = slice(start, start + POINTS_PER_CHUNK // RAY_SAMPLES)
+        points = vertices[rows, None] + offsets[:, None] * normals[rows, None]  # [n, samples, 3]
+        colors, raw = (values.float().cpu().unflatten(0, points.shape[:2])[None] for values in field(points.flatten(0, 1).to(device)))
+        rendered = composite(colors[..., :3], raw, (RAY_START - offsets).expand_as(raw))
+        seen.append(rendered.colors[0] / (1 - rendered.transmittance[0, :, None]).clamp_min(1e-6))
+    return to_uint8(torch.cat(seen).T[..., None] * 2 - 1)[:, 0]
 
 
 def save_mesh(path: Path, mesh: Trimesh) -> None:

@@ -13,9 +13,10 @@ RADIUS, CENTRE = 0.4, (0.1, -0.05, 0.02)
 
 
 def ball(points, radius=RADIUS, centre=CENTRE):
-    """Raw density 25 at the radius, falling outwards; red grows with x, green with y, blue with z."""
-    away = (points - torch.tensor(centre)).norm(dim=-1)
-    return (points + 0.65) / 1.3, 25 + 200 * (radius - away)
+    """Raw density 25 at the radius, falling outwards; red, green and blue grow with the direction's x, y and z."""
+    outward = points - torch.tensor(centre)
+    away = outward.norm(dim=-1)
+    return outward / away[:, None] / 2 + 0.5, 25 + 200 * (radius - away)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,29 @@ def test_normals_point_outwards(sphere):
     assert (sphere.vertex_normals * outward).sum(1).min() > 0.9
 
 
-def test_vertices_have_the_field_s_colours(sphere):
-    expected = (sphere.vertices + 0.65) / 1.3 * 255
-    assert np.abs(sphere.visual.vertex_colors[:, :3] - expected).max() <= 0.51
+def test_vertices_have_the_colours_of_the_side_that_they_show(sphere):
+    outward = (sphere.vertices - CENTRE) / np.linalg.norm(sphere.vertices - CENTRE, axis=1, keepdims=True)
+    assert np.abs(sphere.visual.vertex_colors[:, :3] - (outward + 1) / 2 * 255).max() <= 3
+
+
+def test_a_vertex_has_the_colour_that_a_ray_against_its_normal_sees():
+    """Black around the ball and on its outermost 10 mm, white inside: a soft ball is seen through, a hard one is black."""
+
+    def hollow(points, steepness):
+        away = (points - torch.tensor(CENTRE)).norm(dim=-1)
+        return (away < RADIUS - 0.03).float()[:, None].expand(-1, 3), 25 + steepness * (RADIUS - away)
+
+    def brightness(steepness):
+        mesh = extract_surface(lambda points: hollow(points, steepness), SurfaceConfig(resolution=24))
+        return mesh.visual.vertex_colors[:, 0].mean() / 255
+
+    assert brightness(5000) < 0.1 and brightness(0.1) == pytest.approx(seen_behind(), abs=0.05)
+
+
+def seen_behind():
+    """Share of the light from more than 0.03 behind the surface along a ray of density 24 between 0.03 before and 0.09 behind."""
+    front, whole = 1 - np.exp(-24 * 0.06), 1 - np.exp(-24 * 0.12)
+    return (whole - front) / whole
 
 
 def test_the_axes_are_not_swapped():
@@ -62,7 +83,7 @@ def test_the_field_is_asked_in_chunks(monkeypatch):
     monkeypatch.setattr("head3d.surface.POINTS_PER_CHUNK", 1000)
     asked = []
     mesh = extract_surface(lambda points: asked.append(len(points)) or ball(points), SurfaceConfig(resolution=20))
-    assert max(asked) == 1000 and sum(asked) == 20**3 + len(mesh.vertices)
+    assert max(asked) == 1000 and sum(asked) == 20**3 + 13 * len(mesh.vertices)
 
 
 @pytest.mark.parametrize("raw", [0.0, float("nan")])
