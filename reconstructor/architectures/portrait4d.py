@@ -134,10 +134,18 @@ class Portrait4D(nn.Module):
 
         canonical_tokens [B, T, token_width] from deexpress; driving_motion [B, motion_dim]; motion_scale [B].
         """
-        tokens, grid = canonical_tokens, self._token_grid(source)
-        motion_tokens = self.driving_motion(driving_motion)
+        grid = self.token_grid(source)
+        return self.decode_planes(self.reenact_tokens(canonical_tokens, grid, driving_motion, motion_scale), grid, source)
+
+    def reenact_tokens(self, canonical_tokens: Tensor, grid: tuple[int, int], driving_motion: Tensor, motion_scale: Tensor) -> Tensor:
+        """Phi_re alone: canonical tokens -> driven tokens, [B, T, token_width]."""
+        tokens, motion_tokens = canonical_tokens, self.driving_motion(driving_motion)
         for block in self.reenactment:
             tokens = block(tokens, grid, motion_tokens, motion_scale)
+        return tokens
+
+    def decode_planes(self, tokens: Tensor, grid: tuple[int, int], source: SourceCode) -> Tensor:
+        """G_T alone: driven tokens [B, T, token_width] -> planes [B, 3, C, P, P]."""
         return self.plane_decoder(self.feature_head(tokens, grid), source.detail)
 
     def planes(self, source: SourceCode, source_motion: Tensor, driving_motion: Tensor, motion_scale: Tensor) -> Tensor:
@@ -145,6 +153,7 @@ class Portrait4D(nn.Module):
         return self.reenact(self.deexpress(source, source_motion, motion_scale), source, driving_motion, motion_scale)
 
     @staticmethod
-    def _token_grid(source: SourceCode) -> tuple[int, int]:
+    def token_grid(source: SourceCode) -> tuple[int, int]:
+        """Height and width of the grid of tokens."""
         height, width = source.global_features.shape[2:]
         return height // 2, width // 2

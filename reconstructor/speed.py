@@ -1,0 +1,95 @@
+"""How long the reconstructor takes, by stage and by what a user waits for, with random weights (they do not change the time).
+
+    once a source    global and detail encoder, background, de-expression
+    once a motion    re-enactment, plane decoder, tables of a turned neck
+    once a view      rays, the neck's part of them, super-resolution
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from genhead.speed import median_seconds
+from head3d.cameras import frontal
+from head3d.head_model import HeadModel
+from head3d.labels import Motion
+from head3d.run.runlog import progress
+from head3d.run.seeding import torch_generator, weights_drawn_from
+from reconstructor.avatar import Avatar, DrivenHead
+from reconstructor.blocks import with_coordinates
+from reconstructor.model import Reconstructor, ReconstructorConfig
+
+NECK_RAD = 0.3  # of the motion that is timed; an unturned neck skips its stage
+
+Often = Literal["source", "motion", "view", "whole"]
+
+
+class StageTime(NamedTuple):
+    """One line of the table."""
+
+    stage: str
+    often: Often  # once a source, motion or view; "whole": what a user waits for, made of stages
+    seconds: float  # median over the repeats
+    gflop: float  # multiplications and additions of convolutions and matrix products
+
+
+@torch.no_grad()
+def measure_reconstructor(
+    config: ReconstructorConfig, head: HeadModel, rays: tuple[int, ...] = (64, 128), repeats: int = 3
+) -> list[StageTime]:
+    """Seconds of each stage for one picture, then of a driven frame (the source cached), of another view of known planes for each
+    number of `rays` a side, and of everything from the picture on."""
+    draws = torch_generator(0, "reconstructor speed")
+    with weights_drawn_from(draws):
+        model = Reconstructor(config, head).eval().requires_grad_(False)
+    network, side = model.architecture, config.architecture.image_resolution
+    image = torch.rand(1, 3, side, side, generator=draws) * 2 - 1
+    vector, always = torch.randn(1, config.architecture.motion_dim, generator=draws), torch.ones(1)
+    rest, camera = Motion.neutral(1), frontal()
+    turned = rest._replace(neck_pose=torch.tensor([[0.0, NECK_RAD, 0.0]]))
+    avatar = Avatar.from_image(model, image, vector=vector)
+
+    placed, source = with_coordinates(image), network.encode_source(image)
+    tokens, grid = network.deexpress(source, vector, always), network.token_grid(source)
+    driven = network.reenact_tokens(tokens, grid, vector, always)
+    straight, bent = avatar.pose(rest, vector), avatar.pose(turned, vector)
+    shape = torch.zeros(1, 300)
+    picture = avatar.view(straight, camera)
+
+    def views(head: DrivenHead, resolution: int) -> Callable[[], object]:
+        return lambda: avatar.view(head, camera, resolution=resolution)
+
+    work: dict[tuple[str, Often], Callable[[], object]] = {
+        ("global encoder", "source"): lambda: network.global_encoder(placed),
+        ("detail encoder", "source"): lambda: network.detail_encoder(placed),
+        ("background", "source"): lambda: network.background(placed),
+        ("de-expression", "source"): lambda: network.deexpress(source, vector, always),
+        ("re-enactment", "motion"): lambda: network.reenact_tokens(tokens, grid, vector, always),
+        ("plane decoder", "motion"): lambda: network.decode_planes(driven, grid, source),
+        ("neck tables", "motion"): lambda: model.pose(shape, turned),
+        ("super-resolution", "view"): lambda: model.superresolution(picture.raw, picture.features),
+        ("driven frame, source cached", "whole"): lambda: avatar.drive(rest, camera, vector=vector),
+        ("driven frame, neck turned", "whole"): lambda: avatar.drive(turned, camera, vector=vector),
+        **{(f"another view, {n} x {n} rays", "whole"): views(straight, n) for n in rays},
+        **{(f"another view, {n} x {n} rays, neck turned", "whole"): views(bent, n) for n in rays},
+        ("picture to frame", "whole"): lambda: model(image, vector, vector, always, shape, rest, camera),
+    }
+    rows = [
+        StageTime(stage, often, median_seconds(call, repeats), _gflop(call))
+        for (stage, often), call in progress(work.items(), "bench: reconstructor")
+    ]
+    return rows
+
+
+def _gflop(work: Callable[[], object]) -> float:
+    def of_linear(features: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+        return 2 * features.numel() * weight[0]
+
+    mapping = {torch.ops.mkldnn._linear_pointwise: of_linear} if torch.backends.mkldnn.is_available() else {}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        work()
+    return counter.get_total_flops() / 1e9
