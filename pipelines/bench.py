@@ -36,6 +36,8 @@ from head3d.run.files import write_atomic
 from head3d.run.memory import peak_memory_mb
 from head3d.run.seeding import torch_generator
 from head3d.triplane import sample_planes
+from reconstructor import speed
+from reconstructor.model import ReconstructorConfig
 
 POINTS = 64 * 64 * 48  # of one picture at 64 x 64 rays: 196,608
 BOX_SIDE = 1.3
@@ -49,6 +51,7 @@ class BenchRun:
     repeats: PositiveInt = 10  # timings of each row, of which the median counts
     genhead: NonNegativeInt = 3  # timings of each stage of the published generator, of which the median counts; 0 leaves it out
     farm: NonNegativeInt = 2  # shards that each data-generation worker makes with it, alone and with a second one; 0 leaves it out
+    reconstructor: NonNegativeInt = 3  # timings of each stage of the published reconstructor; 0 leaves it out
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
 
 
@@ -76,6 +79,12 @@ def main(config: BenchRun) -> None:
         print_generator(times)
     farm_rows = measure_farm(GenHeadConfig(), config.head_model, config.farm) if config.farm else []
     print_farm(farm_rows)
+    reconstructor_rows: list[speed.StageTime] = []
+    if config.reconstructor:
+        reconstructor_rows = speed.measure_reconstructor(
+            ReconstructorConfig(), load_head_model(config.head_model), repeats=config.reconstructor
+        )
+        print_reconstructor(reconstructor_rows)
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "processor": processor(), "threads": torch.get_num_threads()},
@@ -83,6 +92,7 @@ def main(config: BenchRun) -> None:
         "rows": [row._asdict() for row in table],
         "genhead": {"identities": [row._asdict() for row in times.identities], "stages": [row._asdict() for row in times.stages]},
         "farm": [row._asdict() for row in farm_rows],
+        "reconstructor": [row._asdict() for row in reconstructor_rows],
         "peak_memory_mb": peak_memory_mb(),
     }
     write_atomic(config.out, json.dumps(record, indent=1) + "\n")
@@ -109,6 +119,13 @@ def print_farm(rows: list[FarmTime]) -> None:
     for row in rows:
         workers = f"{row.workers} worker{'s' if row.workers > 1 else ''}, one thread each"
         print(f"{workers:30} {row.seconds:9.3f} {row.beside_s / row.render_s:17.1%} {rows[0].seconds / row.seconds:17.2f}")
+
+
+def print_reconstructor(rows: list[speed.StageTime]) -> None:
+    """The published reconstructor's stages, and what a user waits for."""
+    print(f"\n{'published reconstructor, 512 x 512':46} {'once a':>7} {'s':>8} {'GFLOP':>7}")
+    for row in rows:
+        print(f"{row.stage:46} {row.often:>7} {row.seconds:8.3f} {row.gflop:7.1f}")
 
 
 def measure(config: BenchRun) -> list[Row]:

@@ -1,8 +1,8 @@
 """How long the reconstructor takes, by stage and by what a user waits for, with random weights (they do not change the time).
 
-    once a source    global and detail encoder, background, de-expression
-    once a motion    re-enactment, plane decoder, tables of a turned neck
-    once a view      rays, the neck's part of them, super-resolution
+once a source    global and detail encoder, background, de-expression
+once a motion    re-enactment, plane decoder, tables of a turned neck
+once a view      rays, the neck's part of them, super-resolution
 """
 
 from __future__ import annotations
@@ -78,11 +78,10 @@ def measure_reconstructor(
         **{(f"another view, {n} x {n} rays, neck turned", "whole"): views(bent, n) for n in rays},
         ("picture to frame", "whole"): lambda: model(image, vector, vector, always, shape, rest, camera),
     }
-    rows = [
+    return [
         StageTime(stage, often, median_seconds(call, repeats), _gflop(call))
         for (stage, often), call in progress(work.items(), "bench: reconstructor")
     ]
-    return rows
 
 
 def _gflop(work: Callable[[], object]) -> float:

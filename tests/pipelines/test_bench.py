@@ -4,11 +4,12 @@ import json
 
 from datagen.speed import FarmTime
 from genhead.speed import GeneratorTimes, IdentityTime, StageTime
-from pipelines.bench import BenchRun, main, print_farm, print_generator
+from pipelines.bench import BenchRun, main, print_farm, print_generator, print_reconstructor
+from reconstructor import speed
 
 
 def test_the_table_is_written_with_machine_versions_and_limits(tmp_path, capsys):
-    main(BenchRun(out=tmp_path / "bench.json", repeats=1, genhead=0, farm=0))
+    main(BenchRun(out=tmp_path / "bench.json", repeats=1, genhead=0, farm=0, reconstructor=0))
     record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert record["machine"]["processor"] and record["versions"]["torch"] and record["date"] and record["peak_memory_mb"] > 10
     parts = {row["part"]: row for row in record["rows"]}
@@ -31,3 +32,8 @@ def test_the_farm_is_printed_with_its_overhead_and_how_workers_add_up(capsys):
     assert lines[-2].split()[-3:] == ["2.000", "2.0%", "1.00"] and lines[-1].split()[-3:] == ["1.040", "2.5%", "1.92"]
     print_farm([])
     assert capsys.readouterr().out == ""
+
+
+def test_stages_of_the_reconstructor_are_printed_with_how_often_they_run(capsys):
+    print_reconstructor([speed.StageTime("plane decoder", "motion", 1.5, 600.25)])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["plane", "decoder", "motion", "1.500", "600.2"]
