@@ -106,17 +106,19 @@ def drive(config: DriveRun, reader: MotionReader | None = None) -> int:
     sequence, fps = read_sequence(config, dataset, model, reader)
     if "mesh" in config.outputs and config.mesh.frame >= len(sequence):
         raise ConfigError(f"mesh.frame {config.mesh.frame}: the driver has {len(sequence)} frames; choose 0 to {len(sequence) - 1}")
-    print(f"source: {source.note}")
-    image = resize_antialias(source.image, model.architecture.config.image_resolution)
-    vector = None if sequence.vector is None else reader(image.to(sequence.vector.device)).vector
+    flame = model.architecture.config.motion_dim == MOTION_VECTOR_SIZE
+    image, note, vector = resize_antialias(source.image, model.architecture.config.image_resolution), source.note, None
+    if sequence.vector is not None and not (flame and source.motion is not None):
+        vector, note = reader(image.to(sequence.vector.device)).vector, f"{note}; its motion as the reader of the driver sees it"
+    print(f"source: {note}")
     avatar = Avatar.from_image(model, image, shape=source.shape, motion=source.motion, vector=vector)
-    record |= {"command": "drive", "source": source.note, "frames": len(sequence)}
-    write_pictures(config, avatar, source, sequence, config.fps or fps or DEFAULT_FPS, record)
+    record |= {"command": "drive", "source": note, "frames": len(sequence)}
     if "mesh" in config.outputs:
         driven = sequence.select(slice(config.mesh.frame, config.mesh.frame + 1))
-        heads = {"rest": avatar.pose(Motion.neutral(1), vector), "driven": avatar.pose(driven.motion, driven.vector)}
-        for name, head in heads.items():
+        rest = avatar.pose(Motion.neutral(1), None if flame else vector)
+        for name, head in (("rest", rest), ("driven", avatar.pose(driven.motion, driven.vector))):
             save_mesh(config.out / f"mesh_{name}.{config.mesh.format}", avatar.surface(head, config.mesh.surface))
+    write_pictures(config, avatar, source, sequence, config.fps or fps or DEFAULT_FPS, record)
     write_atomic(config.out / "drive.json", json.dumps(record, indent=1) + "\n")
     print(f"{', '.join(str(path) for path in written)}: {len(sequence)} frames")
     return 0

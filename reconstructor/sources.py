@@ -68,7 +68,7 @@ def read_photograph(source: str, crop: Crop | None, label: Path | None) -> Sourc
         default = central_square(pixels)
     if label is None:
         crop = crop or default
-        return Source(crop_square(pixels, crop), None, None, f"{name}, {_square(crop)}, taken as mean shape and neutral motion")
+        return Source(crop_square(pixels, crop), None, None, f"{name}, {_square(crop)}, taken as mean shape and neutral face")
     known = unpack_label(torch.from_numpy(read_label(label, Path(name)))[None])
     crop = crop_of_intrinsics(known.camera.intrinsics[0], pixels.shape[1], pixels.shape[0], str(label))
     return Source(crop_square(pixels, crop), known.shape, known.motion, f"{name}, {_square(crop)}, shape and motion of {label.name}")

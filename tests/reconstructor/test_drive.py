@@ -141,6 +141,7 @@ def test_a_video_drives_through_a_reader_at_its_own_speed(exported, tmp_path, mo
     yaw = torch.atan2(sequence.camera.c2w[:, 0, 3], sequence.camera.c2w[:, 2, 3])
     assert torch.allclose(yaw, sequence.motion.jaw_pose[:, 0], atol=1e-4)
     assert drive(config, bright_jaw) == 0
+    assert "its motion as the reader of the driver sees it" in json.loads((tmp_path / "out" / "drive.json").read_text())["source"]
     with imageio.imopen(tmp_path / "out" / "drive.mp4", "r", plugin="FFMPEG") as video:
         assert video.metadata()["fps"] == 10 and sum(1 for _ in video.iter()) == 4
 

@@ -30,7 +30,7 @@ def test_without_a_crop_the_largest_central_square_is_used(tmp_path):
     source = read_photograph(str(tmp_path / "face.png"), None, None)
     assert torch.allclose((source.image[0, :2, 0, 0] + 1) * 127.5, torch.tensor([10.0, 0.0]), atol=1e-3)
     assert source.image.shape == (1, 3, 40, 40) and source.shape is None and source.motion is None
-    assert source.note == "face.png, square of 40 px around (30, 20), taken as mean shape and neutral motion"
+    assert source.note == "face.png, square of 40 px around (30, 20), taken as mean shape and neutral face"
     assert central_square(gradient(7, 5)) == Crop(2.5, 3.5, 5.0)
 
 
