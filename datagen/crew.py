@@ -27,7 +27,7 @@ from head3d.run.errors import DataError, FoundryError
 IN_FLIGHT = 2  # calls a worker is given at once: it never waits for the driver, and little is repeated when it dies
 FALSE_STARTS = 5  # in a row that stop the run
 FAILURES_IN_A_ROW = 3  # after which a worker's process is replaced: it may be the process that is broken
-PATIENCE_S = 30.0  # without any worker, after which the user is told what is waited for
+PATIENCE_S = 60.0  # without any worker, after which the user is told what is waited for
 
 
 class Post(NamedTuple):
@@ -199,8 +199,8 @@ class Crew:
             needs = " or ".join(f"{post.cpus:g} CPU and {post.gpus:g} GPU" for post in self._posts)
             has = self._ray.cluster_resources()
             tqdm.write(
-                f"waiting for room on the cluster: a worker needs {needs}; the cluster has {has.get('CPU', 0):g} CPU and "
-                f"{has.get('GPU', 0):g} GPU in all. Add nodes, end what else runs there, or stop and ask for less",
+                f"still waiting for a first worker: each needs {needs}, the cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU "
+                "in all. If others have them, end what runs there or add nodes; if they are too few, stop and ask for less",
                 file=sys.stderr,
             )
             self._alone_since = None

@@ -276,8 +276,11 @@ def _ray_session(config: DatagenRun) -> Iterator[ModuleType]:
         cores = len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers + config.cpu_workers
         try:
             ray.init("local", num_cpus=cores, object_store_memory=config.object_store_mb << 20, include_dashboard=False, **quiet)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"workers: no Ray could be started on this machine ({error}); --workers 0 does without") from error
+        except Exception as error:  # Ray raises all sorts, and the plain one where a busy machine takes too long
+            raise ConfigError(
+                f"workers: no Ray could be started on this machine ({' '.join(str(error).split())}); call again when it is less busy, "
+                "or with --workers 0, which does without"
+            ) from error
     try:
         yield ray
     finally:

@@ -266,7 +266,7 @@ def test_a_worker_that_is_refused_stops_the_run_at_its_start_and_keeps_idle_late
 
 
 def test_what_is_waited_for_is_said_when_there_is_no_room(run, capsys, monkeypatch):
-    clock = itertools.count(0, 20.0)
+    clock = itertools.count(0, 40.0)
     monkeypatch.setattr(crew_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     ray = FakeRay(room=0)
     waits = itertools.count()
@@ -280,4 +280,4 @@ def test_what_is_waited_for_is_said_when_there_is_no_room(run, capsys, monkeypat
     made, _, _ = run(ray)
     assert sorted(made) == [0, 1, 2, 3]
     said = capsys.readouterr().err
-    assert said.count("waiting for room on the cluster: a worker needs 1 CPU and 0 GPU; the cluster has 0 CPU") == 1
+    assert said.count("waiting for a first worker: each needs 1 CPU and 0 GPU, the cluster has 0 CPU") == 1
