@@ -199,8 +199,9 @@ class Crew:
             needs = " or ".join(f"{post.cpus:g} CPU and {post.gpus:g} GPU" for post in self._posts)
             has = self._ray.cluster_resources()
             tqdm.write(
-                f"still waiting for a first worker: each needs {needs}, the cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU "
-                "in all. If others have them, end what runs there or add nodes; if they are too few, stop and ask for less",
+                f"still waiting for a first worker: each needs {needs}, the cluster has {has.get('CPU', 0):g} CPU and "
+                f"{has.get('GPU', 0):g} GPU in all. If others have them, end what runs there or add nodes; if they are too few, "
+                "stop and ask for less",
                 file=sys.stderr,
             )
             self._alone_since = None
