@@ -315,7 +315,7 @@ def mean_training_image(dataset: ShardDataset, count: int, seed: int) -> Tensor:
     frames = [frame for frame in dataset.frames if frame.split == "train" and frame.kind != "motion-rich"]
     pictures = [(frame, view) for frame in frames for view in range(frame.views)]
     if not pictures:
-        raise DataError(f"{dataset.folder}: no training frame to average; the data set holds held-out identities only")
+        raise DataError(f"{dataset.storage.address}: no training frame to average; the data set holds held-out identities only")
     chosen = numpy_generator(seed, "mean image").permutation(len(pictures))[:count]
     total = 0.0
     for index in chosen:

@@ -17,6 +17,7 @@ import torch
 from genhead.evaluate import GeneratorMeasures
 from genhead.game import Game, GameConfig
 from genhead.generator import load_genhead
+from genhead.losses import RegularizerConfig
 from genhead.pool import PortraitSampling
 from genhead.portraits import Portrait, PortraitSet, create_record, encode_portrait, write_portraits
 from genhead.train import GenHeadRun, train
@@ -345,6 +346,13 @@ def test_mirrored_and_replicated_portraits_train_and_resume(tmp_path, portraits,
     assert train(dataclasses.replace(config, total_images=8)) == 0
     with pytest.raises(ConfigError, match="other settings of sampling"):
         train(dataclasses.replace(config, total_images=12, sampling=PortraitSampling()))
+
+
+def test_the_surface_term_counts_only_where_it_is_asked_for(tmp_path, portraits, run_of):
+    for weight in (0.0, 10.0):
+        config = run_of(tmp_path / str(weight), portraits, total_images=4, regularizers=RegularizerConfig(surface=weight))
+        assert train(config) == 0
+        assert read_metrics(config.out)[-1].get("generator/surface", 0.0) > 0 if weight else "surface" not in str(read_metrics(config.out))
 
 
 def test_a_step_with_half_precision_blocks_has_the_losses_of_single_precision(tmp_path, portraits, monkeypatch, run_of):

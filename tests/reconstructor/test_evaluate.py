@@ -148,6 +148,9 @@ def test_the_mean_image_is_the_mean_of_training_pictures(world):
         for view in range(frame.views)
     ]
     assert torch.allclose(mean_training_image(dataset, 1000, 0), torch.stack(pictures).mean(0), atol=1e-5)
+    dataset.frames = [frame for frame in dataset.frames if frame.split == "test"]
+    with pytest.raises(DataError, match=f"{dataset.storage.address}: no training frame"):
+        mean_training_image(dataset, 1000, 0)
 
 
 def test_a_split_without_identities_is_an_error_with_the_remedy(config):
