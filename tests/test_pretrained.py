@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from genhead.generator import load_genhead
+from genhead.mesh_truth import depth_error, flat_face, mesh_view
 from genhead.parity import psnr_db
 from genhead.train import GenHeadRun
 from head3d.cameras import frontal
@@ -44,6 +45,14 @@ def test_it_draws_an_opaque_head_whose_mouth_darkens_when_the_jaw_opens():
     assert closed.opacity[:, :, middle, middle].min() > 0.9 and closed.opacity[:, :, :4, :4].mean() < 0.5
     mouth = opened.mouth_mask > 0.5
     assert mouth.any() and (opened.raw - closed.raw).abs().mean(1, keepdim=True)[mouth].mean() > 0.1
+
+
+def test_its_faces_lie_on_the_mesh_nearer_than_a_flat_face():
+    genhead = load_genhead(FOLDER)
+    z, shape, camera = torch.randn(4, genhead.config.z_dim, generator=torch.Generator().manual_seed(1)), torch.zeros(4, 300), frontal(4)
+    depth = genhead(z, shape, Motion.neutral(4), camera, truncation_psi=0.7).images.depth
+    mesh = mesh_view(genhead.head_model, genhead.pose(shape, Motion.neutral(4)).vertices_posed, camera, depth.shape[-1])
+    assert (depth_error(depth, mesh) < 0.6 * depth_error(flat_face(mesh), mesh)).all()
 
 
 def test_bfloat16_gives_the_same_pictures_depth_and_opacity():
