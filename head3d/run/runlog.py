@@ -17,14 +17,15 @@ from tqdm import tqdm
 from head3d.pictures import save_png
 from head3d.run.files import write_atomic, write_errors
 
-_METRICS, _PICTURES, _EVENTS = "metrics.jsonl", "pictures", "tensorboard"
+_METRICS, _PICTURES, _EVENTS, _DIVERGED = "metrics.jsonl", "pictures", "tensorboard", "divergence.txt"
 
 
 class RunLog:
     """The log of one run, with images seen as its clock.
 
-    Writes FOLDER/metrics.jsonl (one JSON object a line), FOLDER/tensorboard/ and FOLDER/pictures/{images_seen}_{name}.png. A run that
-    resumes at `images_seen` drops what a later, lost state had written, so the log reads as if nothing had happened.
+    Writes FOLDER/metrics.jsonl (one JSON object a line), FOLDER/tensorboard/ and FOLDER/pictures/{images_seen}_{name}.png, and
+    FOLDER/divergence.txt for a run that diverged. A run that resumes at `images_seen` drops what a later, lost state had written, so
+    the log reads as if nothing had happened.
     With enabled=False (every rank but the first) nothing is written. Raises DataError if the disk refuses.
     """
 
@@ -61,6 +62,12 @@ class RunLog:
         save_png(path, picture, {"images_seen": images_seen, "name": name})
         self._events.add_image(name, picture, images_seen, dataformats="HWC")
 
+    def diverged(self, reason: str) -> None:
+        """Write down why the run stopped; the note goes when the run goes on."""
+        if self.enabled:
+            write_atomic(self.folder / _DIVERGED, reason + "\n")
+            self._events.add_text("divergence", reason)
+
     def close(self) -> None:
         if self.enabled:
             with write_errors(self.folder / _METRICS):
@@ -75,6 +82,7 @@ class RunLog:
         self.close()
 
     def _forget_after(self, images_seen: int) -> None:
+        (self.folder / _DIVERGED).unlink(missing_ok=True)
         path = self.folder / _METRICS
         if path.exists():
             kept = [line for line in read_metrics(self.folder) if line["images_seen"] <= images_seen]

@@ -60,13 +60,20 @@ def is_finished(config: Any, images_seen: int, process: distributed.Process) -> 
 
 @contextmanager
 def open_run(name: str, config: Any, saved: Checkpoint | None, images_seen: int, process: distributed.Process) -> Iterator[OpenRun]:
-    """Write down the settings of `config` (out, total_images) and open log and bar at `images_seen`; SIGTERM becomes a wish."""
+    """Write down the settings of `config` (out, total_images) and open log and bar at `images_seen`; SIGTERM becomes a wish.
+
+    A Divergence that ends the block is written into the log on its way.
+    """
     if process.is_main:
         save_yaml(config, config.out / "config.yaml")
     log = RunLog(config.out, images_seen, enabled=process.is_main)
     bar = progress(config.total_images, name, unit="img", initial=images_seen, enabled=process.is_main)
     with distributed.StopSignal() as stop, log, bar:
-        yield OpenRun(stop, log, bar, Means(saved.state.get(_MEANS) if saved else None))
+        try:
+            yield OpenRun(stop, log, bar, Means(saved.state.get(_MEANS) if saved else None))
+        except Divergence as error:
+            log.diverged(str(error))
+            raise
 
 
 def crossed(images_seen: int, batch: int, every: int) -> bool:

@@ -178,6 +178,10 @@ def test_weights_that_a_finite_loss_has_spoilt_take_no_good_checkpoint_s_place(t
     with pytest.raises(Divergence, match=message):
         train(run_of(tmp_path, portraits))
     assert latest_checkpoint(tmp_path).images_seen == 4
+    assert "last good checkpoint" in (tmp_path / "divergence.txt").read_text(encoding="utf-8")
+    monkeypatch.undo()
+    assert train(run_of(tmp_path, portraits)) == 0
+    assert not (tmp_path / "divergence.txt").exists()
 
 
 def test_the_average_is_measured_on_the_way_and_training_does_not_feel_it(tmp_path, portraits, finished, run_of):
