@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from head3d.run.errors import AssetError
-from head3d.run.pickles import DAMAGE, Inert, Names, plain_names, read_pickle, read_torch
+from head3d.run.pickles import DAMAGE, Inert, Names, plain_names, read_pickle, read_safetensors, read_torch
 
 NETWORK = "G_ema"  # the averaged generator of a published pickle
 REMEDY = "use a published GenHead .pkl as downloaded, or a .pt or .safetensors file with its tensors by name"
@@ -65,10 +63,7 @@ def read_published(path: Path) -> PublishedFile:
                 content = read_torch(file, path, _NEEDS, REMEDY)
             generator, skipped = _generator(content, path) if isinstance(content, dict) and NETWORK in content else (content, ())
         case ".safetensors":
-            try:
-                generator, skipped = load_file(path), ()
-            except (SafetensorError, OSError) as error:
-                raise AssetError(f"{path}: expected a safetensors file: {error}; download it again") from error
+            generator, skipped = read_safetensors(path), ()
         case suffix:
             raise AssetError(f"{path}: a published network ends in .pkl, .pt, .pth or .safetensors, got {suffix!r}; {REMEDY}")
     if not isinstance(generator, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in generator.items()):

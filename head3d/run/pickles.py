@@ -275,6 +275,14 @@ def read_torch(file: BinaryIO, path: Path, needs: str, remedy: str) -> Any:
         raise AssetError(f"{path}: not readable tensors of torch ({type(error).__name__}: {first_line}); download it again") from error
 
 
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that the user brought, by name. Raises AssetError if it is damaged or no such file."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AssetError(f"{path}: expected a safetensors file: {error}; download it again") from error
+
+
 def read_state_dict(path: Path, remedy: str) -> dict[str, Tensor]:
     """Tensors by name from a .pt, .pth or .safetensors file, on the CPU.
 
@@ -287,10 +295,7 @@ def read_state_dict(path: Path, remedy: str) -> dict[str, Tensor]:
             with path.open("rb") as file:
                 content = read_torch(file, path, "a state dict needs only torch's tensors", remedy)
         case ".safetensors":
-            try:
-                content = load_file(path)
-            except (SafetensorError, OSError) as error:
-                raise AssetError(f"{path}: expected a safetensors file: {error}; download it again") from error
+            content = read_safetensors(path)
         case suffix:
             raise AssetError(f"{path}: expected a file that ends in .pt, .pth or .safetensors, got {suffix!r}; {remedy}")
     if not isinstance(content, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
