@@ -1,6 +1,6 @@
 """`headfoundry reconstructor`: train the one-shot reconstructor on shards."""
 
-from reconstructor.train import ReconstructorRun as CONFIG
+from reconstructor.settings import ReconstructorRun as CONFIG
 from reconstructor.train import train as main
 
 __all__ = ["CONFIG", "main"]

@@ -26,7 +26,7 @@ from reconstructor.model import ReconstructorConfig
 from reconstructor.perception import ERRORS_FILE, Perception, PerceptionConfig, PerceptionExport, Role, TrunkConfig
 from reconstructor.perception import EXPORT_KIND as PERCEPTION
 from reconstructor.perception_errors import READING_UNITS
-from reconstructor.train import ReconstructorRun
+from reconstructor.settings import ReconstructorRun
 
 
 def tiny_reconstructor(generator: GenHeadConfig) -> ReconstructorConfig:

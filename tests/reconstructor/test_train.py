@@ -26,11 +26,17 @@ from head3d.run.config import save_yaml
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
 from head3d.run.training import Divergence, check_finite
+from reconstructor import learner as learning
+from reconstructor import steps
 from reconstructor import train as training
 from reconstructor.batches import BatchConfig, BatchStream
+from reconstructor.learner import build, check_data, circumstances
 from reconstructor.losses import LossConfig, TermConfig, members_needed
 from reconstructor.model import load_reconstructor
-from reconstructor.train import ReconstructorRun, build, check_data, circumstances, loss_terms, preview_batch, preview_picture, train
+from reconstructor.preview import preview_batch, preview_picture
+from reconstructor.settings import ReconstructorRun
+from reconstructor.steps import loss_terms
+from reconstructor.train import train
 
 ALONE = distributed.Process(0, 1, torch.device("cpu"), True)
 
@@ -99,13 +105,14 @@ def test_every_parameter_gets_a_gradient(world, tmp_path):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(world, tmp_path, monkeypatch):
     """With rays that are not jittered; jitter is drawn for each micro-batch."""
     config = world.run(tmp_path, losses=LossConfig(smoothness=dataclasses.replace(LossConfig().smoothness, weight=0.0)))
-    monkeypatch.setattr(training, "torch_generator", lambda *keys, **settings: None)
-    monkeypatch.setattr(training, "weights_drawn_from", lambda generator: torch.random.fork_rng())
+    monkeypatch.setattr(steps, "torch_generator", lambda *keys, **settings: None)
+    monkeypatch.setattr(learning, "torch_generator", lambda *keys, **settings: None)
+    monkeypatch.setattr(learning, "weights_drawn_from", lambda generator: torch.random.fork_rng())
     gradients = []
     for micro in (4, 1):
         torch.manual_seed(0)
         one = learner(config)
-        training.step(dataclasses.replace(config, micro_batch=micro), one, first_batch(config), 0, ALONE)
+        steps.step(dataclasses.replace(config, micro_batch=micro), one, first_batch(config), 0, ALONE)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()]))
     together, one_by_one = gradients
     assert (together - one_by_one).norm() < 1e-4 * together.norm()
@@ -185,7 +192,7 @@ def test_divergence_stops_before_the_weights_are_touched(world, tmp_path):
     one, batch = learner(config), first_batch(config)
     before = {name: value.clone() for name, value in one.model.weights().items()}
     broken = dataclasses.replace(batch, depth=batch.depth * float("nan"))
-    scalars = training.step(config, one, broken, 0, ALONE)
+    scalars = steps.step(config, one, broken, 0, ALONE)
     assert not equal_tensors(one.model.weights(), before)
     with pytest.raises(Divergence, match=r"loss/depth, loss/total is not finite after 4 images; last good checkpoint: none yet"):
         check_finite(scalars, 4, config.out, "")
@@ -268,7 +275,7 @@ def test_the_average_follows_the_network_by_its_half_life(world, tmp_path):
     config = world.run(tmp_path, ema_images=8.0, ema_ramp=0.0)
     one = learner(config)
     before = one.averaged.decoder.color.weight.clone()
-    training.step(config, one, first_batch(config), 0, ALONE)
+    steps.step(config, one, first_batch(config), 0, ALONE)
     keep = 0.5 ** (4 / 8)
     assert torch.allclose(one.averaged.decoder.color.weight, before * keep + one.model.decoder.color.weight * (1 - keep), atol=1e-7)
     assert not torch.equal(before, one.averaged.decoder.color.weight)
@@ -277,10 +284,10 @@ def test_the_average_follows_the_network_by_its_half_life(world, tmp_path):
 def test_rays_are_drawn_anew_for_every_step_rank_and_micro_batch(world, tmp_path, monkeypatch):
     config, keys = world.run(tmp_path, micro_batch=2), []
     one, batch = learner(config), first_batch(config)
-    original = training.torch_generator
-    monkeypatch.setattr(training, "torch_generator", lambda *key: keys.append(key) or original(*key))
+    original = steps.torch_generator
+    monkeypatch.setattr(steps, "torch_generator", lambda *key: keys.append(key) or original(*key))
     for seen, rank in ((0, 0), (4, 0), (4, 1)):
-        training.step(config, one, batch, seen, ALONE._replace(rank=rank))
+        steps.step(config, one, batch, seen, ALONE._replace(rank=rank))
     assert len(keys) == 6 and len(set(keys)) == 6
 
 
@@ -320,13 +327,13 @@ def test_a_set_with_labels_for_half_of_it_trains_on_that_half_while_labels_count
     early = {name: dataclasses.replace(getattr(LossConfig(), name), until=8) for name in ("features", "points", "depth")}
     losses = LossConfig(**early, smoothness=dataclasses.replace(LossConfig().smoothness, every=2, points=20))
     config = world.run(tmp_path / "run", shards=mixed, losses=losses, total_images=24)
-    seen, terms = [], training.loss_terms
+    seen, terms = [], steps.loss_terms
 
     def watched(config, model, batch, images_seen, draws):
         seen.append((images_seen, set(batch.identity.tolist()), batch.image.shape))
         return terms(config, model, batch, images_seen, draws)
 
-    monkeypatch.setattr(training, "loss_terms", watched)
+    monkeypatch.setattr(steps, "loss_terms", watched)
     assert train(config) == 0
     said = capsys.readouterr().out
     assert "losses.depth: from 0 images to 8, targets are the 3 of 6 frames with 'depth'" in said and "losses.image" not in said

@@ -1,0 +1,157 @@
+"""What a training run of the reconstructor changes and keeps: networks, average, optimiser; their start, checkpoints and export."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datagen.plan import Plan
+from datagen.reading import ShardDataset
+from datagen.worker import load_planned_generator
+from genhead.generator import GenHead
+from head3d.adversarial import Ema
+from head3d.head_model import load_head_model
+from head3d.labels import MOTION_VECTOR_SIZE
+from head3d.run.checkpoint import Checkpoint, export_model, pack_optimizer, save_checkpoint, unpack_optimizer
+from head3d.run.config import config_hash, to_dict
+from head3d.run.errors import AssetError, ConfigError
+from head3d.run.seeding import torch_generator, weights_drawn_from
+from head3d.run.training import check_state, part, refuse_changes, refuse_other_circumstances
+from reconstructor.batches import usable_frames
+from reconstructor.losses import check_labels
+from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport
+from reconstructor.settings import ADVICE, FREE_IN_BATCHES, FREE_TO_CHANGE, ReconstructorRun
+
+
+@dataclasses.dataclass
+class Learner:
+    """Network, averaged network, optimiser: what a step changes and a checkpoint holds."""
+
+    model: Reconstructor
+    averaged: Reconstructor
+    ema: Ema
+    optimizer: torch.optim.Adam
+    head_model: str  # what the networks' head was loaded from
+
+
+def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
+    """Raise ConfigError where the settings and the shards contradict each other. Returns what is worth knowing before training."""
+    architecture, where = config.model.architecture, str(config.shards)
+    planned = dataset.manifest["plan"]["frames"] - dataset.excluded_count
+    if len(dataset.frames) < planned:
+        raise ConfigError(
+            f"{where}: holds {len(dataset.frames)} of the {planned} frames that it was planned with, and training on it would be another "
+            "run; finish it by calling its datagen command again"
+        )
+    if architecture.motion_dim != MOTION_VECTOR_SIZE:
+        raise ConfigError(
+            f"model.architecture.motion_dim is {architecture.motion_dim}, but the motion comes as a FLAME vector of "
+            f"{MOTION_VECTOR_SIZE} numbers (expression 100, jaw 3, eyes 6); set it to {MOTION_VECTOR_SIZE}"
+        )
+    model, losses, stored = config.model, config.losses, dataset.manifest["settings"]["generator"]["model"]
+    maps = any(getattr(losses, term).weight for term in ("image", "features", "depth", "opacity"))
+    for setting, own, name, needed in (
+        ("architecture.image_resolution", architecture.image_resolution, "image_resolution", True),
+        ("superresolution (its input, doubled by each block)", model.superresolution.output_resolution, "image_resolution", True),
+        ("render_resolution", model.render_resolution, "render_resolution", maps),
+        ("feature_channels", model.feature_channels, "feature_channels", losses.features.weight > 0),
+        ("architecture.plane_channels", architecture.plane_channels, "plane_channels", losses.points.weight > 0),
+    ):
+        if needed and own != stored[name]:
+            raise ConfigError(
+                f"{where}: the shards were made with {name} {stored[name]}, but model.{setting} gives {own}; "
+                f"make it {stored[name]}, or give shards of that size"
+            )
+    rich = dataset.manifest["settings"]["render"]["motion_rich_side"]
+    if config.batches.motion_rich and rich != architecture.image_resolution:
+        raise ConfigError(
+            f"{where}: batches.motion_rich asks for motion-rich identities, whose pictures are {rich} px, but the others' are "
+            f"{architecture.image_resolution} px; generate them with --render.motion_rich_side {architecture.image_resolution}, or set "
+            "--batches.motion_rich false"
+        )
+    training = usable_frames(dataset.frames, config.batches, "train")
+    available: dict[str, int] = {}
+    for index in training:
+        for member in dataset.frames[index].members:
+            available[member] = available.get(member, 0) + 1
+    return check_labels(config.losses, available, len(training), where)
+
+
+def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool) -> Learner:
+    """A learner at the start of its life. Raises AssetError if generator or head model are not those of the shards."""
+    head_model = config.head_model or plan.generator.head_model
+    head = load_head_model(head_model)
+    if head.content_hash != plan.generator.head_hash:
+        raise AssetError(
+            f"head_model {head_model}: expected the head of the shards (hash {plan.generator.head_hash}), got {head.content_hash}; "
+            f"give the file that the generator was trained with ({plan.generator.head_model})"
+        )
+    with weights_drawn_from(torch_generator(config.seed, "reconstructor", "weights")):
+        model = Reconstructor(config.model, head).to(device)
+    if warm:
+        folder = config.generator or Path(plan.generator.folder)
+        take_from_generator(model, load_planned_generator(plan, folder, str(device)))
+    averaged = copy.deepcopy(model, {id(head): head}).eval().requires_grad_(False)  # one head model for both
+    ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
+    optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, config.betas, config.epsilon)
+    return Learner(model, averaged, ema, optimizer, head_model)
+
+
+def take_from_generator(model: Reconstructor, generator: GenHead) -> None:
+    """Begin with the generator's decoder and super-resolution (portrait4d, section 6.8): plane features then mean the same.
+
+    Raises ConfigError if a width differs.
+    """
+    for name in ("decoder", "superresolution"):
+        own, other = getattr(model, name).state_dict(), getattr(generator, name).state_dict()
+        differing = [
+            key for key in sorted(own.keys() | other.keys()) if key not in own or key not in other or own[key].shape != other[key].shape
+        ]
+        if differing:
+            raise ConfigError(
+                f"warm_start: the generator's {name} does not fit the reconstructor's at {', '.join(differing[:3])}; give the {name} "
+                "the generator's widths (its config.yaml lies beside its weights), or start at random with --warm_start false"
+            )
+        getattr(model, name).load_state_dict(other)
+
+
+def circumstances(dataset: ShardDataset) -> dict[str, Any]:
+    """What the order of samples depends on beside the settings: a set that grew, lacked shards or excludes others has another order."""
+    excluded = config_hash(dataset.excluded.entry())
+    return {"data": {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames), "excluded": excluded}}
+
+
+def save(config: ReconstructorRun, learner: Learner, images_seen: int, state: dict[str, Any]) -> Path:
+    """Write a checkpoint: `state`, network, average, optimiser. The data and every draw need no state: they are keyed by images seen."""
+    tensors, optimizer = pack_optimizer(learner.optimizer, "optimizer")
+    for name, model in (("model", learner.model), ("averaged", learner.averaged)):
+        tensors |= {f"{name}/{key}": value for key, value in model.weights().items()}
+    check_state(tensors, images_seen, config.out, ADVICE)
+    return save_checkpoint(config.out, images_seen, tensors, state | {"optimizer": optimizer}, config, config.keep)
+
+
+def restore(config: ReconstructorRun, learner: Learner, saved: Checkpoint, around: dict[str, Any]) -> int:
+    """Put a checkpoint back. Raises ConfigError if the run was started with other settings or data. Returns the images seen."""
+    refuse_changes(saved, _settings(to_dict(config)), _settings(saved.config), ())
+    refuse_other_circumstances(saved, around)
+    for name, model in (("model", learner.model), ("averaged", learner.averaged)):
+        model.load_weights(part(saved.tensors, f"{name}/"), str(saved.folder))
+    unpack_optimizer(learner.optimizer, "optimizer", saved.tensors, saved.state["optimizer"])
+    return saved.images_seen
+
+
+def _settings(values: dict) -> dict:
+    """What must be equal for a resume to be the same run."""
+    kept = {key: value for key, value in values.items() if key not in FREE_TO_CHANGE}
+    kept["batches"] = {key: value for key, value in values.get("batches", {}).items() if key not in FREE_IN_BATCHES}
+    return kept
+
+
+def export(config: ReconstructorRun, learner: Learner, images_seen: int) -> Path:
+    """Write the averaged reconstructor for use: RUN/export."""
+    settings = ReconstructorExport(head_model=learner.head_model, model=config.model)
+    return export_model(config.out / "export", learner.averaged.weights(), settings, EXPORT_KIND, images_seen)

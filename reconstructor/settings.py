@@ -1,0 +1,55 @@
+"""The settings of a training run of the reconstructor."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from datagen.cache import CacheConfig
+from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from reconstructor.batches import BatchConfig
+from reconstructor.losses import LossConfig
+from reconstructor.model import ReconstructorConfig
+
+FREE_TO_CHANGE = (
+    "out",
+    "shards",
+    "cache",
+    "generator",
+    "total_images",
+    "log_every",
+    "pictures_every",
+    "checkpoint_every",
+    "keep",
+    "threads",
+)  # on resume
+FREE_IN_BATCHES = ("threads", "prefetch")
+ADVICE = "Lower learning_rate and start again from there in another --out, or look for damaged labels with the verify command"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructorRun:
+    """Train the reconstructor. Defaults are the published run at 512 x 512."""
+
+    out: Path = Path("runs/reconstructor")  # run folder: checkpoints, logs, pictures, export
+    shards: str = "runs/datagen"  # data set: a folder or a URL (made by the datagen command)
+    generator: Path | None = None  # exported generator for the warm start; None = the one that the shards record
+    head_model: str | None = None  # path of a FLAME-format file, or "procedural"; None = the one that the shards record
+    warm_start: bool = True  # decoder and super-resolution begin as the generator's; False: at random (published default)
+    seed: NonNegativeInt = 0  # of weights, order and every draw
+    total_images: PositiveInt = 15_000_000  # targets shown before the run ends
+    learning_rate: PositiveFloat = 1e-4  # Adam
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam
+    epsilon: PositiveFloat = 1e-5  # Adam
+    ema_images: PositiveFloat = 10_000.0  # half-life of the averaged weights, images
+    ema_ramp: NonNegativeFloat = 0.05  # half-life is at most this share of the images seen; 0 = no ramp
+    micro_batch: PositiveInt = 4  # samples a process takes through the network at once; gradients are averaged over the batch
+    log_every: PositiveInt = 3_200  # images between lines of metrics, each the mean since the one before
+    pictures_every: PositiveInt = 100_000  # images between picture grids
+    checkpoint_every: PositiveInt = 100_000  # images between checkpoints
+    keep: PositiveInt = 3  # newest checkpoints kept
+    threads: NonNegativeInt = 0  # CPU threads of torch; 0 leaves its default
+    cache: CacheConfig = CacheConfig()  # where copies of shards behind a URL are kept
+    batches: BatchConfig = BatchConfig()  # what a batch holds and how it is read
+    losses: LossConfig = LossConfig()  # weights and ranges of the loss terms
+    model: ReconstructorConfig = ReconstructorConfig()  # the network

@@ -1,0 +1,60 @@
+"""One training step of the reconstructor: forward pass, loss terms, gradients, update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from head3d.labels import unpack_label
+from head3d.run import distributed
+from head3d.run.seeding import torch_generator
+from reconstructor.batches import Batch
+from reconstructor.learner import Learner
+from reconstructor.losses import reconstruction_losses, smoothness_loss
+from reconstructor.model import Reconstructor
+from reconstructor.settings import ReconstructorRun
+
+
+def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, process: distributed.Process) -> dict[str, float]:
+    """One update from this process's part of a batch; none if the loss is not finite. Returns means over all processes for the log."""
+    totals: dict[str, float] = {}
+    learner.optimizer.zero_grad(set_to_none=True)
+    for start in range(0, len(batch), config.micro_batch):
+        part = batch.select(slice(start, start + config.micro_batch))
+        share = len(part) / len(batch)
+        draws = torch_generator(config.seed, "rays", process.rank, images_seen, start)
+        terms = loss_terms(config, learner.model, part, images_seen, draws)
+        terms["total"] = sum(terms.values())
+        (terms["total"] * share).backward()
+        for name, value in terms.items():
+            totals[f"loss/{name}"] = totals.get(f"loss/{name}", 0.0) + value.item() * share
+    totals = distributed.mean_scalars(totals, process.device)
+    distributed.average_gradients(learner.model.parameters())
+    if math.isfinite(totals["loss/total"]):
+        learner.optimizer.step()
+        learner.ema.update(learner.model, images_seen + config.batches.size, config.batches.size)
+    return totals
+
+
+def loss_terms(config: ReconstructorRun, model: Reconstructor, batch: Batch, images_seen: int, draws: torch.Generator) -> dict[str, Tensor]:
+    """Forward pass and weighted loss terms; density smoothness joins every `losses.smoothness.every` steps."""
+    target = unpack_label(batch.label)
+    rendered, planes = model(
+        batch.source_image,
+        batch.source_motion,
+        batch.driving_motion,
+        batch.motion_scale,
+        target.shape,
+        target.motion,
+        target.camera,
+        generator=draws,
+    )
+    posed = model.pose(target.shape, target.motion)
+    terms = reconstruction_losses(config.losses, rendered, batch, lambda points: model.point_features(planes, points, posed), images_seen)
+    smoothness = config.losses.smoothness
+    if smoothness.weight > 0 and (images_seen // config.batches.size) % smoothness.every == 0:
+        side, device = config.model.sampling.box_side, planes.device
+        terms["smoothness"] = smoothness_loss(smoothness, lambda points: model.field(planes, points)[1], len(batch), side, draws, device)
+    return terms
