@@ -8,6 +8,9 @@ labelled share of a data set; later, all of it.
 
     dynamic  source = frame A, view i;  driver = motion B;  target = frame B, view j     one identity, A != B, motion scale 1
     static   source = frame A, view i;  driver = motion A;  target = frame A, view j     i != j,               motion scale 0
+
+Two settings serve the paper's ablation alone: `swap_probability` makes static samples of dynamic ones, and without `switch` the motion
+scale is 1 everywhere.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ class BatchConfig:
 
     size: PositiveInt = 32  # samples a training step, over all ranks
     static_share: Fraction = 0.5  # of a batch: same motion, cross-attention off; the rest is reenactment
+    swap_probability: Fraction = 0.0  # of a dynamic sample: its source is another view of the target's frame, cross-attention off
+    switch: bool = True  # where source and target are of one frame the cross-attention is off; false: it never is
     motion_rich: bool = False  # dynamic samples come from motion-rich identities too; false: those frames are not used
     shuffle_window: PositiveInt = 8  # shards whose frames are shuffled together
     threads: NonNegativeInt = 2  # decoding threads a rank; 0 decodes in the training loop
@@ -74,7 +79,8 @@ class Item(NamedTuple):
     target: int
     target_view: int
     driver_view: int
-    static: bool
+    static: bool  # of the static share
+    motion_scale: float  # the disentangling switch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Batch:
     source_image: Tensor  # [B, 3, H, W]
     source_motion: Tensor  # [B, 109] FLAME motion vector of the source
     driving_motion: Tensor  # [B, 109] of the target
-    motion_scale: Tensor  # [B] the disentangling switch: 0 static, 1 dynamic
+    motion_scale: Tensor  # [B] the disentangling switch: 0 reconstruction, 1 reenactment
     label: Tensor  # [B, 437] of the target; its shape is the source's too (one identity)
     identity: Tensor  # [B] int64
     image: Tensor  # [B, 3, H, W] target picture
@@ -156,6 +162,7 @@ class ItemOrder:
 
     def __init__(self, frames: Sequence[Frame], config: BatchConfig, seed: int, split: str = "train", members: Iterable[str] = ()) -> None:
         self.frames, self._seed, self._size = frames, seed, config.size
+        self._swap_probability, self._switch = config.swap_probability, config.switch
         self._share = fractions.Fraction(config.static_share).limit_denominator(1000)
         if (self._share * config.size).denominator != 1:
             raise ConfigError(
@@ -182,6 +189,11 @@ class ItemOrder:
                 f"batches.static_share is {config.static_share}, but no identity of {where} has two motions; "
                 "generate dynamic identities, or set --batches.static_share 1"
             )
+        if self._share < 1 and self._swap_probability > 0 and any(frames[i].views < 2 for i in dynamic):
+            raise ConfigError(
+                f"batches.swap_probability is {config.swap_probability}, but a dynamic frame of {where} has one view, and no other "
+                "for the source; generate two views or more (--recipe.dynamic_views), or set --batches.swap_probability 0"
+            )
         self._pools = {
             True: _Pool(frames, static, seed, "static", config.shuffle_window),
             False: _Pool(frames, dynamic, seed, "dynamic", config.shuffle_window),
@@ -198,14 +210,21 @@ class ItemOrder:
         rng = numpy_generator(self._seed, "views", position)
         views = self.frames[target].views
         target_view, driver_view = int(rng.integers(views)), int(rng.integers(views))
-        if static:
+        one_frame = static or self._is_swapped(position)
+        if one_frame:
             source = target
             source_view = (target_view + 1 + int(rng.integers(views - 1))) % views
         else:
             others = [index for index in self._by_identity[self.frames[target].identity] if index != target]
             source = others[int(rng.integers(len(others)))]
             source_view = int(rng.integers(self.frames[source].views))
-        return Item(source, source_view, target, target_view, driver_view, static)
+        return Item(source, source_view, target, target_view, driver_view, static, 0.0 if one_frame and self._switch else 1.0)
+
+    def _is_swapped(self, position: int) -> bool:
+        """Whether a dynamic item reconstructs its target's frame from another view: the published `swapping_prob` (portrait4d, 6.7)."""
+        if self._swap_probability == 0:
+            return False
+        return bool(numpy_generator(self._seed, "swap", position).random() < self._swap_probability)
 
     def batch(self, samples_seen: int, rank: int = 0, world_size: int = 1) -> list[Item]:
         """The items of `rank` in the global batch that starts at `samples_seen`: static ones first, every world_size-th item."""
@@ -225,9 +244,9 @@ def read_item(dataset: FrameSource, item: Item, members: Iterable[str], driver_i
     """
     source, target, members = dataset.frames[item.source], dataset.frames[item.target], set(members)
     picture, seen, driver = f"rgb.{item.target_view}", f"rgb.{item.source_view}", f"rgb.{item.driver_view}"
-    wanted = {picture, "label", *members} | ({driver} if driver_image else set()) | ({seen} if item.static else set())
+    wanted = {picture, "label", *members} | ({driver} if driver_image else set()) | ({seen} if item.source == item.target else set())
     data = dataset.read(target, sorted(wanted))
-    other = data if item.static else dataset.read(source, [seen, "label"])
+    other = data if item.source == item.target else dataset.read(source, [seen, "label"])
     view = item.target_view
     label, source_label = data["label"][view], other["label"][item.source_view]
     vectors = [unpack_label(torch.from_numpy(np.array(one))[None]).motion.vector()[0].numpy() for one in (source_label, label)]
@@ -236,7 +255,7 @@ def read_item(dataset: FrameSource, item: Item, members: Iterable[str], driver_i
         "source_image": as_picture(other[seen]),
         "source_motion": vectors[0],
         "driving_motion": vectors[1],
-        "motion_scale": np.float32(0.0 if item.static else 1.0),
+        "motion_scale": np.float32(item.motion_scale),
         "label": label,
         "identity": np.int64(target.identity),
         "image": as_picture(data[picture]),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from head3d.networks.resample import image_layout
-from head3d.run.config import PositiveInt
+from head3d.run.config import NonNegativeInt, PositiveInt
 from head3d.run.errors import ConfigError
 from reconstructor.background import BackgroundConfig, BackgroundNetwork
 from reconstructor.blocks import FeatureHead, MotionBlock, PatchEmbed, PlaneDecoder, initialize, with_coordinates
@@ -33,7 +33,7 @@ class Portrait4DConfig:
     feed_forward_ratio: PositiveInt = 2  # hidden width of the Mix-FFN over the token width
     motion_hidden: PositiveInt = 512  # hidden width of the two motion projections
     motion_tokens: PositiveInt = 64  # tokens a motion vector becomes
-    deexpression_blocks: PositiveInt = 4  # blocks that take the source's own expression out
+    deexpression_blocks: NonNegativeInt = 4  # blocks that take the source's own expression out; 0: the source's motion is not used
     reenactment_blocks: PositiveInt = 4  # blocks that put the driver's expression in
     feature_hidden: PositiveInt = 128  # channels between tokens and features
     feature_width: PositiveInt = 96  # channels of the reenacted features
@@ -89,7 +89,8 @@ class Portrait4D(nn.Module):
         self.global_encoder = GlobalEncoder(c.global_encoder)
         self.detail_encoder = DetailEncoder(c.detail_stem_width, c.detail_width, c.detail_layers)
         self.patch_embed = PatchEmbed(c.global_encoder.out_width, c.token_width)
-        self.source_motion = MotionTokens(c.motion_dim, c.motion_hidden, c.motion_tokens, c.token_width)
+        if c.deexpression_blocks:
+            self.source_motion = MotionTokens(c.motion_dim, c.motion_hidden, c.motion_tokens, c.token_width)
         self.driving_motion = MotionTokens(c.motion_dim, c.motion_hidden, c.motion_tokens, c.token_width)
         self.deexpression = nn.ModuleList(MotionBlock(c.token_width, c.heads, c.feed_forward_ratio) for _ in range(c.deexpression_blocks))
         self.reenactment = nn.ModuleList(MotionBlock(c.token_width, c.heads, c.feed_forward_ratio) for _ in range(c.reenactment_blocks))
@@ -124,6 +125,8 @@ class Portrait4D(nn.Module):
         source_motion [B, motion_dim]; motion_scale [B].
         """
         tokens, grid = self.patch_embed(source.global_features)
+        if not self.config.deexpression_blocks:
+            return tokens
         motion_tokens = self.source_motion(source_motion)
         for block in self.deexpression:
             tokens = block(tokens, grid, motion_tokens, motion_scale)

@@ -79,8 +79,8 @@ class FakeDataset:
         return {name: arrays[name] for name in members}
 
 
-def stream(dataset, size=8, members=ALL, seed=3, share=0.5, threads=2, **settings):
-    config = BatchConfig(size=size, static_share=share, shuffle_window=2, threads=threads, prefetch=2)
+def stream(dataset, size=8, members=ALL, seed=3, share=0.5, threads=2, swap=0.0, **settings):
+    config = BatchConfig(size=size, static_share=share, swap_probability=swap, shuffle_window=2, threads=threads, prefetch=2)
     return BatchStream(dataset, config, seed, lambda seen: members, **settings)
 
 
@@ -111,6 +111,40 @@ def test_static_items_share_the_motion_and_differ_in_the_view_and_dynamic_items_
             assert source.motion != target.motion
             seen_views.add((item.source_view, item.target_view))
     assert len(seen_views) == VIEWS * VIEWS
+
+
+def test_swapped_samples_reconstruct_a_dynamic_target_s_own_frame_and_leave_all_other_items_as_they_are():
+    frames = make_frames()
+    plain, swapping = (ItemOrder(frames, BatchConfig(size=8, static_share=0.0, swap_probability=p), seed=1) for p in (0.0, 0.25))
+    swapped = 0
+    for position in range(2000):
+        before, item = plain.item(position), swapping.item(position)
+        assert (item.target, item.target_view, item.static) == (before.target, before.target_view, False)
+        if item.motion_scale == 0:
+            swapped += 1
+            assert item.source == item.target and item.source_view != item.target_view
+        else:
+            assert item == before
+    assert 420 <= swapped <= 580  # 500 expected, deviation 19
+    batch = take(FakeDataset(frames), 1, share=0.0, threads=0, swap=1.0)[0]
+    assert batch.motion_scale.tolist() == [0.0] * 8 and torch.equal(batch.source_motion, batch.driving_motion)
+    assert set(batch.identity.tolist()) <= {6, 7, 8, 9, 10}  # the dynamic identities
+
+
+def test_without_the_switch_the_samples_are_the_same_and_the_scale_is_one_everywhere():
+    frames = make_frames()
+    with_switch, without = (ItemOrder(frames, BatchConfig(size=8, switch=switch), seed=1) for switch in (True, False))
+    for position in range(200):
+        item = with_switch.item(position)
+        assert item.motion_scale == (0.0 if item.static else 1.0)
+        assert without.item(position) == item._replace(motion_scale=1.0)
+
+
+def test_swapping_needs_a_second_view_of_every_dynamic_frame():
+    frames = make_frames(views=1)
+    ItemOrder(frames, BatchConfig(size=8, static_share=0.0), seed=1)
+    with pytest.raises(ConfigError, match=r"swap_probability is 0.5, but a dynamic frame.*has one view.*--recipe.dynamic_views"):
+        ItemOrder(frames, BatchConfig(size=8, static_share=0.0, swap_probability=0.5), seed=1)
 
 
 def test_other_splits_are_never_drawn():

@@ -1,5 +1,6 @@
 """The animatable reconstructor: the switch, the cacheable split, and the published network."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -35,10 +36,10 @@ TINY = Portrait4DConfig(
 )
 
 
-def build(trained: bool) -> Portrait4D:
+def build(trained: bool, config: Portrait4DConfig = TINY) -> Portrait4D:
     """A tiny network; `trained` gives the cross-attention a non-zero output, as after some steps."""
     generator = torch.Generator().manual_seed(0)
-    model = Portrait4D(TINY, generator).eval()
+    model = Portrait4D(config, generator).eval()
     if trained:
         with torch.no_grad():
             for block in model.modules():
@@ -145,6 +146,17 @@ def test_background_and_detail_reach_the_result_without_the_motion():
     other_background = source._replace(background=1 - source.background)
     assert torch.equal(model.planes(other_background, first, second, torch.ones(1)), planes)
     assert differs(model.planes(source._replace(detail=-source.detail), first, second, torch.ones(1)), planes)
+
+
+@torch.no_grad()
+def test_without_deexpression_blocks_the_source_s_motion_has_no_effect_and_no_parameters():
+    model = build(trained=True, config=dataclasses.replace(TINY, deexpression_blocks=0, reenactment_blocks=2))
+    image, first, second = inputs()
+    source = model.encode_source(image)
+    planes = model.planes(source, first, second, torch.ones(2))
+    assert torch.equal(planes, model.planes(source, first + 1, second, torch.ones(2)))
+    assert differs(planes, model.planes(source, first, second + 1, torch.ones(2)))
+    assert not any("source_motion" in name or "deexpression" in name for name in model.state_dict())
 
 
 def gradients(model: Portrait4D, scale: torch.Tensor) -> tuple[set[str], set[str]]:
