@@ -22,6 +22,7 @@ from head3d.run.errors import AssetError, ConfigError
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from head3d.run.training import check_state, part, refuse_changes, refuse_other_circumstances
 from reconstructor.batches import usable_frames
+from reconstructor.frozen_networks import FrozenNetworks, load_frozen_networks
 from reconstructor.losses import check_labels
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport
 from reconstructor.settings import ADVICE, FREE_IN_BATCHES, FREE_TO_CHANGE, ReconstructorRun
@@ -35,6 +36,7 @@ class Learner:
     averaged: Reconstructor
     ema: Ema
     optimizer: torch.optim.Adam
+    frozen: FrozenNetworks  # what some losses ask; never changes
     head_model: str  # what the networks' head was loaded from
 
 
@@ -98,7 +100,8 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool
     averaged = copy.deepcopy(model, {id(head): head}).eval().requires_grad_(False)  # one head model for both
     ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
     optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, config.betas, config.epsilon)
-    return Learner(model, averaged, ema, optimizer, head_model)
+    frozen = load_frozen_networks(config.network_files(), config.losses, model.head_model, device)
+    return Learner(model, averaged, ema, optimizer, frozen, head_model)
 
 
 def take_from_generator(model: Reconstructor, generator: GenHead) -> None:
@@ -119,10 +122,12 @@ def take_from_generator(model: Reconstructor, generator: GenHead) -> None:
         getattr(model, name).load_state_dict(other)
 
 
-def circumstances(dataset: ShardDataset) -> dict[str, Any]:
-    """What the order of samples depends on beside the settings: a set that grew, lacked shards or excludes others has another order."""
+def circumstances(dataset: ShardDataset, frozen: FrozenNetworks) -> dict[str, Any]:
+    """What a run depends on beside its settings: frozen networks, and data. A set that grew, lacked shards or excludes others has
+    another order."""
     excluded = config_hash(dataset.excluded.entry())
-    return {"data": {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames), "excluded": excluded}}
+    data = {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames), "excluded": excluded}
+    return {"data": data, "networks": frozen.weights_hashes()}
 
 
 def save(config: ReconstructorRun, learner: Learner, images_seen: int, state: dict[str, Any]) -> Path:

@@ -1,7 +1,7 @@
 """The reconstruction losses with exact labels (Portrait4D, arXiv:2311.18729, eq. 4; weights and ranges of portrait4d, section 6.8).
 
 Every term compares a rendered head with the generator's own rendering of the same head: pictures, features, tri-plane features at
-points, depth and opacity. The perceptual, identity and adversarial terms need networks of their own and are not part of this file.
+points, depth and opacity. The perceptual and identity terms are in `frozen_networks.py`.
 
 Deliberate differences from the source. The target of foreground features is the generator's foreground before the background is
 added. The target of foreground RGB is what the raw target leaves in front of the background, raw - (1 - opacity) * background, kept
@@ -56,20 +56,24 @@ class LossConfig:
     """Weights of eq. 4. Defaults are the published run."""
 
     image: TermConfig = TermConfig(1.0)  # L1 on final picture, raw picture, foreground RGB, background RGB (sum of four)
+    perceptual: TermConfig = TermConfig(1.0)  # distance by a frozen network on the same four
     features: TermConfig = TermConfig(1.0, until=400_000)  # L1 on foreground features + L1 on background features
     points: TermConfig = TermConfig(0.1, until=400_000)  # L1 on mean-plane features at the stored points
     depth: TermConfig = TermConfig(1.0, until=400_000)  # L1 on ray distance (scene units) times the true opacity
     opacity: TermConfig = TermConfig(0.3)  # L1 on opacity in [-1, 1]
+    identity: TermConfig = TermConfig(1.0, since=400_000)  # 1 - cosine of a frozen network's embeddings of the final pictures
     smoothness: SmoothnessConfig = SmoothnessConfig()
 
 
 # What each term compares with: members of a target frame, as `ShardDataset.read` names them. {view} is the target's view.
 TERM_MEMBERS: dict[str, tuple[str, ...]] = {
     "image": ("opacity", "background"),
+    "perceptual": ("opacity", "background"),
     "features": ("foreground", "identity.background"),
     "points": ("points", "point_features"),
     "depth": ("depth", "opacity"),
     "opacity": ("opacity",),
+    "identity": (),
 }
 
 
@@ -88,7 +92,7 @@ def check_labels(config: LossConfig, available: Mapping[str, int], frames: int, 
     notes = []
     for term, members in TERM_MEMBERS.items():
         settings: TermConfig = getattr(config, term)
-        if settings.weight == 0:
+        if settings.weight == 0 or not members:
             continue
         fewest = min(members, key=lambda member: available.get(member, 0))
         count = available.get(fewest, 0)
@@ -109,6 +113,22 @@ def _l1(value: Tensor, target: Tensor) -> Tensor:
     return (value - target).abs().mean()
 
 
+def picture_pairs(rendered: HeadImages, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    """The four pictures that eq. 4 compares, rendered and true, in [-1, 1]: final [B, 3, S, S]; raw, foreground, background [B, 3, R, R].
+
+    The true foreground is raw - (1 - opacity) * background in [0, 1], between 0 and the opacity.
+    """
+    raw = resize_antialias(batch.image, rendered.raw.shape[-1])
+    foreground = (raw + 1) / 2 - (1 - batch.opacity) * (batch.background + 1) / 2
+    foreground = torch.minimum(foreground.clamp_min(0), batch.opacity)  # super-resolution changes empty pixels too
+    return {
+        "final": (rendered.image, batch.image),
+        "raw": (rendered.raw, raw),
+        "foreground": (rendered.foreground[:, :3] * 2 - 1, foreground * 2 - 1),
+        "background": (rendered.background[:, :3], batch.background),
+    }
+
+
 def reconstruction_losses(
     config: LossConfig,
     rendered: HeadImages,
@@ -122,14 +142,8 @@ def reconstruction_losses(
     """
     terms: dict[str, Tensor] = {}
     if config.image.active(images_seen):
-        raw = resize_antialias(batch.image, rendered.raw.shape[-1])
-        terms["image_final"] = config.image.weight * _l1(rendered.image, batch.image)
-        terms["image_raw"] = config.image.weight * _l1(rendered.raw, raw)
-        # Foregrounds are compared on the scale of pictures, [-1, 1]: twice the difference of sums in [0, 1].
-        foreground = (raw + 1) / 2 - (1 - batch.opacity) * (batch.background + 1) / 2
-        foreground = torch.minimum(foreground.clamp_min(0), batch.opacity)  # super-resolution changes empty pixels too
-        terms["image_foreground"] = config.image.weight * 2 * _l1(rendered.foreground[:, :3], foreground)
-        terms["image_background"] = config.image.weight * _l1(rendered.background[:, :3], batch.background)
+        for name, (picture, truth) in picture_pairs(rendered, batch).items():
+            terms[f"image_{name}"] = config.image.weight * _l1(picture, truth)
     if config.features.active(images_seen):
         foreground = 2 * _l1(rendered.foreground, batch.foreground)
         terms["features"] = config.features.weight * (foreground + _l1(rendered.background, batch.background_features))

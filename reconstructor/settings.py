@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from datagen.cache import CacheConfig
 from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from reconstructor.batches import BatchConfig
+from reconstructor.frozen_networks import NetworkFiles
 from reconstructor.losses import LossConfig
 from reconstructor.model import ReconstructorConfig
 
@@ -16,6 +18,9 @@ FREE_TO_CHANGE = (
     "shards",
     "cache",
     "generator",
+    "perception",
+    "lpips",
+    "arcface",
     "total_images",
     "log_every",
     "pictures_every",
@@ -35,6 +40,10 @@ class ReconstructorRun:
     shards: str = "runs/datagen"  # data set: a folder or a URL (made by the datagen command)
     generator: Path | None = None  # exported generator for the warm start; None = the one that the shards record
     head_model: str | None = None  # path of a FLAME-format file, or "procedural"; None = the one that the shards record
+    perception: Path | None = None  # exported perception network with role losses: perceptual and identity terms
+    lpips: tuple[Path, ...] = ()  # LPIPS for the perceptual term (published): the authors' vgg.pth and torchvision's VGG-16, or one file
+    arcface: Path | None = None  # ArcFace for the identity term (published): a state dict of insightface's IR-ResNet
+    missing_networks: Literal["refuse", "drop"] = "refuse"  # perceptual or identity term, and none of those for it: stop, or do without
     warm_start: bool = True  # decoder and super-resolution begin as the generator's; False: at random (published default)
     seed: NonNegativeInt = 0  # of weights, order and every draw
     total_images: PositiveInt = 15_000_000  # targets shown before the run ends
@@ -53,3 +62,6 @@ class ReconstructorRun:
     batches: BatchConfig = BatchConfig()  # what a batch holds and how it is read
     losses: LossConfig = LossConfig()  # weights and ranges of the loss terms
     model: ReconstructorConfig = ReconstructorConfig()  # the network
+
+    def network_files(self) -> NetworkFiles:
+        return NetworkFiles(self.perception, self.lpips, self.arcface)

@@ -11,9 +11,9 @@ from head3d.labels import unpack_label
 from head3d.run import distributed
 from head3d.run.seeding import torch_generator
 from reconstructor.batches import Batch
+from reconstructor.frozen_networks import frozen_network_losses
 from reconstructor.learner import Learner
 from reconstructor.losses import reconstruction_losses, smoothness_loss
-from reconstructor.model import Reconstructor
 from reconstructor.settings import ReconstructorRun
 
 
@@ -25,7 +25,7 @@ def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: 
         part = batch.select(slice(start, start + config.micro_batch))
         share = len(part) / len(batch)
         draws = torch_generator(config.seed, "rays", process.rank, images_seen, start)
-        terms = loss_terms(config, learner.model, part, images_seen, draws)
+        terms = loss_terms(config, learner, part, images_seen, draws)
         terms["total"] = sum(terms.values())
         (terms["total"] * share).backward()
         for name, value in terms.items():
@@ -38,9 +38,9 @@ def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: 
     return totals
 
 
-def loss_terms(config: ReconstructorRun, model: Reconstructor, batch: Batch, images_seen: int, draws: torch.Generator) -> dict[str, Tensor]:
+def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, draws: torch.Generator) -> dict[str, Tensor]:
     """Forward pass and weighted loss terms; density smoothness joins every `losses.smoothness.every` steps."""
-    target = unpack_label(batch.label)
+    model, target = learner.model, unpack_label(batch.label)
     rendered, planes = model(
         batch.source_image,
         batch.source_motion,
@@ -53,6 +53,7 @@ def loss_terms(config: ReconstructorRun, model: Reconstructor, batch: Batch, ima
     )
     posed = model.pose(target.shape, target.motion)
     terms = reconstruction_losses(config.losses, rendered, batch, lambda points: model.point_features(planes, points, posed), images_seen)
+    terms |= frozen_network_losses(config.losses, learner.frozen, rendered, batch, images_seen)
     smoothness = config.losses.smoothness
     if smoothness.weight > 0 and (images_seen // config.batches.size) % smoothness.every == 0:
         side, device = config.model.sampling.box_side, planes.device

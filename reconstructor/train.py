@@ -17,6 +17,7 @@ from head3d.run import distributed
 from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.training import check_finite, crossed, is_finished, open_run, process_group
 from reconstructor.batches import BatchStream
+from reconstructor.frozen_networks import check_networks
 from reconstructor.learner import build, check_data, circumstances, export, restore, save
 from reconstructor.losses import members_needed
 from reconstructor.preview import preview_batch, preview_picture
@@ -35,12 +36,14 @@ def train(config: ReconstructorRun) -> int:
 
 def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardCache | None) -> int:
     dataset = open_dataset(config.shards)
-    for note in check_data(config, dataset):
-        if process.is_main:
-            print(f"{config.shards}: {note}")
+    notes = check_networks(config.network_files(), config.losses, config.missing_networks)
+    notes += [f"{config.shards}: {note}" for note in check_data(config, dataset)]
+    for note in notes if process.is_main else ():
+        print(note)
     saved = latest_checkpoint(config.out)
     learner = build(config, open_plan(config.shards), process.device, warm=config.warm_start and saved is None)
-    images_seen = restore(config, learner, saved, circumstances(dataset)) if saved else 0
+    around = circumstances(dataset, learner.frozen)
+    images_seen = restore(config, learner, saved, around) if saved else 0
     if is_finished(config, images_seen, process):
         return 0
     preview = preview_batch(config, dataset).to(process.device)
@@ -75,7 +78,7 @@ def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardC
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
                 run.log.image(images_seen, "preview", preview_picture(learner.averaged, preview))
             if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
-                save(config, learner, images_seen, {"circumstances": circumstances(dataset)} | run.state())
+                save(config, learner, images_seen, {"circumstances": around} | run.state())
             if stopping:
                 return 0
     if process.is_main:

@@ -75,6 +75,7 @@ class World(NamedTuple):
             "total_images": 16,
             "learning_rate": 1e-3,
             "micro_batch": 4,
+            "missing_networks": "drop",
             "log_every": 4,
             "pictures_every": 100,
             "checkpoint_every": 100,

@@ -1,6 +1,7 @@
 """Each loss term against numbers computed by hand."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from head3d.rendering import HeadImages
 from head3d.run.errors import ConfigError
 from reconstructor.batches import Batch
+from reconstructor.frozen_networks import FrozenNetworks, IdentityNetwork, PerceptualNetwork, frozen_network_losses
 from reconstructor.losses import (
     TERM_MEMBERS,
     LossConfig,
@@ -123,6 +125,27 @@ def test_the_foreground_target_is_what_the_picture_leaves_in_front_of_the_backgr
     labels = batch(image=full(picture, 3, S, S), opacity=full(opacity, 1, R, R), background=full(background, 3, R, R))
     images = rendered(foreground=full(0.5, C, R, R))
     assert losses(images=images, labels=labels)["image_foreground"].item() == pytest.approx(2 * abs(0.5 - expected))
+
+
+def test_frozen_networks_compare_the_four_pictures_and_the_person_in_the_final_one():
+    """The distance is ten times L1, the embedding a point of the unit circle at the angle of the picture's mean."""
+    distance = lambda picture, truth: 10 * (picture - truth).abs().mean((1, 2, 3))  # noqa: E731
+    angle = lambda pictures, labels: torch.stack([f(pictures.mean((1, 2, 3))) for f in (torch.cos, torch.sin)], dim=1)  # noqa: E731
+    networks = FrozenNetworks(PerceptualNetwork("ours", distance, ""), IdentityNetwork("who", angle, ""))
+    terms = frozen_network_losses(LossConfig(), networks, rendered(), batch(), 400_000)
+    assert {name: round(value.item(), 5) for name, value in terms.items()} == {
+        "ours_final": 1.0,  # ten times the values of the image term
+        "ours_raw": 1.5,
+        "ours_foreground": 7.0,
+        "ours_background": 3.0,
+        "who": 0.005,  # 1 - cos(0.5 - 0.4)
+    }
+    assert "who" not in frozen_network_losses(LossConfig(), networks, rendered(), batch(), 399_999)
+    late = LossConfig(perceptual=TermConfig(0.5, since=10, until=20), identity=TermConfig(3.0, since=10))
+    assert frozen_network_losses(late, networks, rendered(), batch(), 9) == {}
+    terms = frozen_network_losses(late, networks, rendered(), batch(), 10)
+    assert terms["ours_raw"].item() == pytest.approx(0.75) and terms["who"].item() == pytest.approx(3 * (1 - math.cos(0.1)), rel=1e-3)
+    assert set(frozen_network_losses(late, networks, rendered(), batch(), 20)) == {"who"}
 
 
 def test_depth_counts_on_the_head_only():

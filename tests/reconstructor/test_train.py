@@ -30,6 +30,7 @@ from reconstructor import learner as learning
 from reconstructor import steps
 from reconstructor import train as training
 from reconstructor.batches import BatchConfig, BatchStream
+from reconstructor.frozen_networks import FrozenNetworks
 from reconstructor.learner import build, check_data, circumstances
 from reconstructor.losses import LossConfig, TermConfig, members_needed
 from reconstructor.model import load_reconstructor
@@ -38,6 +39,7 @@ from reconstructor.settings import ReconstructorRun
 from reconstructor.steps import loss_terms
 from reconstructor.train import train
 
+NO_NETWORKS = FrozenNetworks(None, None)
 ALONE = distributed.Process(0, 1, torch.device("cpu"), True)
 
 
@@ -93,12 +95,13 @@ def test_warm_start_takes_decoder_and_superresolution_from_the_generator(world, 
 def test_every_parameter_gets_a_gradient(world, tmp_path):
     """All but what the zero-initialised cross-attention output hides until its first step."""
     config = world.run(tmp_path)
-    model = learner(config).model
+    one = learner(config)
+    model = one.model
     with torch.no_grad():
         for block in (*model.architecture.deexpression, *model.architecture.reenactment):
             block.cross_attention.output.weight.normal_(generator=torch.Generator().manual_seed(0))
         torch.nn.init.normal_(model.decoder.density.weight, generator=torch.Generator().manual_seed(0))
-    sum(loss_terms(config, model, first_batch(config), 0, torch.Generator()).values()).backward()
+    sum(loss_terms(config, one, first_batch(config), 0, torch.Generator()).values()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
@@ -299,9 +302,9 @@ def test_excluded_frames_are_not_trained_on_and_make_another_run(world, tmp_path
     less = open_dataset(shards)
     check_data(world.run(tmp_path / "run", shards=shards), less)  # complete, though shorter than planned
     assert frame.key not in {other.key for other in less.frames} and len(less.frames) == len(whole.frames) - 1
-    assert circumstances(less) != circumstances(whole)
+    assert circumstances(less, NO_NETWORKS) != circumstances(whole, NO_NETWORKS)
     exclude(shards, Exclusion(frames=frozenset([next(f.key for f in whole.frames if f.key != frame.key)])))
-    assert circumstances(open_dataset(shards)) != circumstances(less)  # as many frames, but not the same
+    assert circumstances(open_dataset(shards), NO_NETWORKS) != circumstances(less, NO_NETWORKS)  # as many frames, but not the same
 
 
 # Sets of which not every frame has every label --------------------------------------------------------------------------------
@@ -329,9 +332,9 @@ def test_a_set_with_labels_for_half_of_it_trains_on_that_half_while_labels_count
     config = world.run(tmp_path / "run", shards=mixed, losses=losses, total_images=24)
     seen, terms = [], steps.loss_terms
 
-    def watched(config, model, batch, images_seen, draws):
+    def watched(config, learner, batch, images_seen, draws):
         seen.append((images_seen, set(batch.identity.tolist()), batch.image.shape))
-        return terms(config, model, batch, images_seen, draws)
+        return terms(config, learner, batch, images_seen, draws)
 
     monkeypatch.setattr(steps, "loss_terms", watched)
     assert train(config) == 0
