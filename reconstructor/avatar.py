@@ -22,7 +22,7 @@ from head3d.networks.resample import resize_antialias
 from head3d.rendering import HeadImages
 from head3d.run.errors import ConfigError
 from head3d.surface import SurfaceConfig, extract_surface
-from reconstructor.architectures.portrait4d import SourceCode
+from reconstructor.architecture import Driver, SourceCode, repeat
 from reconstructor.model import Reconstructor
 from reconstructor.motion import IMAGE_MOTION_SIZE
 
@@ -44,8 +44,8 @@ class DrivenHead(NamedTuple):
 class Avatar:
     """One person from one picture. Make it with `from_image`."""
 
-    def __init__(self, model: Reconstructor, source: SourceCode, tokens: Tensor, shape: Tensor) -> None:
-        self._model, self._source, self._tokens, self._shape = model, source, tokens, shape
+    def __init__(self, model: Reconstructor, source: SourceCode, shape: Tensor) -> None:
+        self._model, self._source, self._shape = model, source, shape
 
     @classmethod
     @torch.no_grad()
@@ -69,18 +69,20 @@ class Avatar:
         image = resize_antialias(image.to(device), architecture.config.image_resolution)
         vector = _vector(model, Motion.neutral(1) if motion is None else motion, vector)
         shape = (torch.zeros(1, SHAPE_SIZE) if shape is None else shape).to(device)
-        source = architecture.encode_source(image)
-        tokens = architecture.deexpress(source, vector, torch.ones(1, device=device))
-        return cls(model, source, tokens, shape)
+        return cls(model, architecture.encode_source(image, vector, torch.ones(1, device=device)), shape)
 
     @torch.no_grad()
-    def pose(self, motion: Motion, vector: Tensor | None = None) -> DrivenHead:
-        """The head in B motions. vector [B, D]: as in `from_image`; the neck always turns as `motion` says."""
-        batch, device = motion.expression.shape[0], self._tokens.device
-        motion, vector = motion.to(device), _vector(self._model, motion, vector)
-        source = SourceCode(*(part.expand(batch, *part.shape[1:]) for part in self._source))
-        tokens = self._tokens.expand(batch, -1, -1)
-        planes = self._model.architecture.reenact(tokens, source, vector, torch.ones(batch, device=device))
+    def pose(self, motion: Motion, vector: Tensor | None = None, image: Tensor | None = None) -> DrivenHead:
+        """The head in B motions. vector [B, D]: as in `from_image`; the neck always turns as `motion` says.
+
+        image [B, 3, H, W]: of the driver, for architectures that read it.
+        """
+        batch, device, architecture = motion.expression.shape[0], self._shape.device, self._model.architecture
+        motion = motion.to(device)
+        driver = Driver(_vector(self._model, motion, vector), None if image is None else image.to(device))
+        source = repeat(self._source, batch)
+        driving = architecture.encode_driver(driver, source, self._model.render_at_rest)
+        planes = architecture.planes(source, driving, torch.ones(batch, device=device))
         return DrivenHead(planes, self._model.pose(self._shape.expand(batch, -1), motion))
 
     @torch.no_grad()

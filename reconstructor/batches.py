@@ -94,7 +94,7 @@ class Batch:
     label: Tensor  # [B, 437] of the target; its shape is the source's too (one identity)
     identity: Tensor  # [B] int64
     image: Tensor  # [B, 3, H, W] target picture
-    driver_image: Tensor | None = None  # [B, 3, H, W] the target's motion from another camera; for looking at
+    driver_image: Tensor | None = None  # [B, 3, H, W] the target's motion from another camera; to look at, or an architecture's need
     opacity: Tensor | None = None  # [B, 1, R, R] in [0, 1]
     depth: Tensor | None = None  # [B, 1, R, R] ray distance, scene units
     foreground: Tensor | None = None  # [B, C, R, R] in [0, 1], before the background is added

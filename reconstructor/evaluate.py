@@ -39,6 +39,7 @@ from head3d.run.errors import DataError
 from head3d.run.files import read_results, write_atomic, write_csv
 from head3d.run.runlog import progress
 from head3d.run.seeding import numpy_generator, torch_generator
+from reconstructor.architecture import Driver
 from reconstructor.batches import as_picture
 from reconstructor.model import Reconstructor, load_reconstructor
 from reconstructor.perception import load_errors, load_perception
@@ -288,9 +289,8 @@ def predict(model: Reconstructor, samples: list[Sample], task: str, mean_image: 
     source = unpack_label(torch.stack([sample.source_label for sample in samples]).to(device))
     target = unpack_label(torch.stack([sample.target_label for sample in samples]).to(device))
     scale = torch.full((len(samples),), 0.0 if task == "novel_view" else 1.0, device=device)
-    images, _ = model(
-        source_image.to(device), source.motion.vector(), target.motion.vector(), scale, source.shape, target.motion, target.camera
-    )
+    driver = Driver(target.motion.vector(), torch.stack([sample.driver_image for sample in samples]).to(device))
+    images = model(source_image.to(device), source.motion.vector(), driver, scale, source.shape, target.motion, target.camera).images
     return {
         "ours": (images.image.cpu(), images.depth.cpu()),
         "copy_source": (source_image, None),

@@ -1,7 +1,8 @@
 """The reconstructor: one picture and a motion -> tri-planes of that head in that motion, rendered at any camera.
 
-    source picture --architecture.encode_source--> SourceCode (features, background)        once per source
-    SourceCode, source motion, driving motion, switch --architecture.planes--> planes       once per driven frame
+    source picture, its motion --architecture.encode_source--> SourceCode                   once per source
+    driving motion or picture --architecture.encode_driver--> code of the driver            once per driven frame
+    both codes, switch --architecture.planes--> planes                                      once per driven frame
     shape, driving motion --neck stage--> PosedHead (None while the neck is at rest)        once per driven frame
     planes, PosedHead, camera --rays, decoder--> features, depth, opacity                   once per view
     features + transmittance * background --superresolution--> picture
@@ -13,6 +14,7 @@ The planes hold the head in its own shape and driven expression with the neck at
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from head3d.run.checkpoint import fill_weights, load_exported
 from head3d.run.config import PositiveInt
 from head3d.run.errors import ConfigError
 from head3d.triplane import Decoder, sample_planes
+from reconstructor.architecture import Architecture, Driver, SourceCode
 from reconstructor.architectures.portrait4d import Portrait4D, Portrait4DConfig
 
 EXPORT_KIND = "reconstructor"
@@ -46,11 +49,20 @@ class ReconstructorConfig:
 
     def __post_init__(self) -> None:
         for name, channels in (
-            ("architecture.background.channels", self.architecture.background.channels),
+            ("architecture.background.channels", self.architecture.background_channels),
             ("superresolution.feature_channels", self.superresolution.feature_channels),
         ):
             if channels != self.feature_channels:
                 raise ConfigError(f"{name}: expected feature_channels, {self.feature_channels}, got {channels}; set both to one number")
+
+
+class Reconstruction(NamedTuple):
+    """What `Reconstructor.forward` returns."""
+
+    images: HeadImages
+    planes: Tensor  # [B, 3, C, P, P] driven
+    source: SourceCode  # of the architecture
+    driver: Any  # of the architecture
 
 
 class Reconstructor(nn.Module):
@@ -61,7 +73,7 @@ class Reconstructor(nn.Module):
         self.config = config
         self.head_model = head
         self.deformation = Deformation(head, config.deformation)
-        self.architecture = Portrait4D(config.architecture)
+        self.architecture: Architecture = Portrait4D(config.architecture)
         self.decoder = Decoder(config.architecture.plane_channels, config.decoder_hidden, config.feature_channels)
         self.superresolution = SuperResolution(config.superresolution)
 
@@ -115,11 +127,15 @@ class Reconstructor(nn.Module):
         rendered = render_rays(along_rays, origins, directions, near, far, sampling, generator)
         return compose_pictures(rendered, background, side, self.superresolution)
 
+    def render_at_rest(self, planes: Tensor, background: Tensor, camera: Camera) -> HeadImages:
+        """`render` without neck rotation or jitter: what an architecture may draw for itself."""
+        return self.render(planes, background, None, camera)
+
     def forward(
         self,
         source_image: Tensor,  # [B, 3, H, W] in [-1, 1]
-        source_motion: Tensor,  # [B, D] motion vector of the source
-        driving_motion: Tensor,  # [B, D] motion vector of the driver
+        source_motion: Tensor | None,  # [B, D] motion vector of the source
+        driver: Driver,
         motion_scale: Tensor,  # [B] the disentangling switch; 0 takes the cross-attention out, 1 leaves it
         shape: Tensor,  # [B, 300] of the source, for the neck stage
         motion: Motion,  # of the driver, for the neck stage
@@ -127,12 +143,13 @@ class Reconstructor(nn.Module):
         *,
         generator: torch.Generator | None = None,
         resolution: int | None = None,
-    ) -> tuple[HeadImages, Tensor]:
-        """Everything in one call. Returns the pictures and the driven planes [B, 3, C, P, P]."""
-        source = self.architecture.encode_source(source_image)
-        planes = self.architecture.planes(source, source_motion, driving_motion, motion_scale)
-        posed = self.pose(shape, motion)
-        return self.render(planes, source.background, posed, camera, generator=generator, resolution=resolution), planes
+    ) -> Reconstruction:
+        """Everything in one call."""
+        source = self.architecture.encode_source(source_image, source_motion, motion_scale)
+        driving = self.architecture.encode_driver(driver, source, self.render_at_rest)
+        planes = self.architecture.planes(source, driving, motion_scale)
+        images = self.render(planes, source.background, self.pose(shape, motion), camera, generator=generator, resolution=resolution)
+        return Reconstruction(images, planes, source, driving)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,17 +49,14 @@ def _stages(model: Portrait4D, recorded: Callable[[str], Tensor]) -> Iterator[tu
     """(reference name, our output at the reference's stride) of each stage."""
     image = recorded("image")
     always = torch.ones(len(image))
-    source = model.encode_source(image)
-    yield "stage_encoder_global_every2", source.global_features[:, :, ::2, ::2]
-    yield "stage_encoder_detail_every8", source.detail[:, :, ::8, ::8]
+    features = model.encode_image(image)
+    yield "stage_encoder_global_every2", features.global_features[:, :, ::2, ::2]
+    yield "stage_encoder_detail_every8", features.detail[:, :, ::8, ::8]
     yield "stage_background_every16", model.background.logits(with_coordinates(image))[:, :, ::16, ::16]
-    canonical = model.deexpress(source, recorded("motion_source"), always)
-    reenacted: list[Tensor] = []
-    hook = model.reenactment[-1].register_forward_hook(lambda module, inputs, tokens: reenacted.append(tokens))
-    planes = model.reenact(canonical, source, recorded("motion_driver"), always)
-    hook.remove()
-    side = source.global_features.shape[2] // 2
-    shuffled = F.pixel_shuffle(to_map(reenacted[0], (side, side)), 2)
+    canonical = model.deexpress(features, recorded("motion_source"), always)
+    reenacted = model.reenact_tokens(canonical, model.driving_motion(recorded("motion_driver")), always)
+    planes = model.decode_planes(reenacted, features.detail)
+    shuffled = F.pixel_shuffle(to_map(reenacted, model.grid), 2)
     yield "stage_encoder_canonical_every2", shuffled[:, :, ::2, ::2]
     yield "stage_generator_triplane_every8", planes.flatten(1, 2)[:, :, ::8, ::8]
 
@@ -78,8 +75,9 @@ def _compare_pictures(
 
     pose = recorded("pose")
     motion = Motion(recorded("expression"), pose[:, :3], pose[:, 3:], recorded("eye_pose"))
-    source = architecture.encode_source(recorded("image"))
-    planes = architecture.planes(source, recorded("motion_source"), recorded("motion_driver"), torch.ones(len(pose)))
+    always = torch.ones(len(pose))
+    source = architecture.encode_source(recorded("image"), recorded("motion_source"), always)
+    planes = architecture.planes(source, architecture.driving_motion(recorded("motion_driver")), always)
     images = model.render(planes, source.background, model.pose(recorded("shape"), motion), Camera.from_label(recorded("camera")))
     final = superresolution(images.raw, images.features, renderer["w_avg"].expand(len(pose), -1))
     rows = [

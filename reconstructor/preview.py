@@ -12,6 +12,7 @@ from datagen.reading import ShardDataset
 from head3d.cameras import Camera, orbit
 from head3d.labels import unpack_label
 from head3d.pictures import colorize, grid, to_uint8
+from reconstructor.architecture import Driver
 from reconstructor.batches import Batch, BatchStream, usable_frames
 from reconstructor.losses import members_needed
 from reconstructor.model import Reconstructor
@@ -35,14 +36,14 @@ def preview_batch(config: ReconstructorRun, dataset: ShardDataset) -> Batch:
 def preview_picture(model: Reconstructor, batch: Batch) -> np.ndarray:
     """One row a sample: source, driver, output, truth, depth, true depth (if stored), novel view. uint8 [H, W, 3]."""
     target, count = unpack_label(batch.label), len(batch)
-    images, planes = model(
-        batch.source_image, batch.source_motion, batch.driving_motion, batch.motion_scale, target.shape, target.motion, target.camera
+    driver = Driver(batch.driving_motion, batch.driver_image)
+    images, planes, source, _ = model(
+        batch.source_image, batch.source_motion, driver, batch.motion_scale, target.shape, target.motion, target.camera
     )
     device, side = batch.image.device, images.image.shape[-1]
     yaw = torch.full((count,), 0.6, device=device)
     camera = orbit(yaw, torch.zeros_like(yaw), torch.full_like(yaw, 4.17))
-    background = model.architecture.encode_source(batch.source_image).background
-    novel = model.render(planes, background, model.pose(target.shape, target.motion), camera).image
+    novel = model.render(planes, source.background, model.pose(target.shape, target.motion), camera).image
     columns = [to_uint8(picture) for picture in (batch.source_image, batch.driver_image, images.image, batch.image)]
     for depth in (images.depth, batch.depth):
         if depth is not None:

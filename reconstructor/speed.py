@@ -20,6 +20,7 @@ from head3d.head_model import HeadModel
 from head3d.labels import SHAPE_SIZE, Motion
 from head3d.run.runlog import progress
 from head3d.run.seeding import torch_generator, weights_drawn_from
+from reconstructor.architecture import Driver
 from reconstructor.avatar import Avatar
 from reconstructor.blocks import with_coordinates
 from reconstructor.model import Reconstructor, ReconstructorConfig
@@ -54,9 +55,9 @@ def measure_reconstructor(
     turned = rest._replace(neck_pose=torch.tensor([[0.0, NECK_RAD, 0.0]]))
     avatar = Avatar.from_image(model, image, vector=vector)
 
-    placed, source = with_coordinates(image), network.encode_source(image)
-    tokens, grid = network.deexpress(source, vector, always), network.token_grid(source)
-    driven = network.reenact_tokens(tokens, grid, vector, always)
+    placed, features = with_coordinates(image), network.encode_image(image)
+    tokens = network.deexpress(features, vector, always)
+    driven = network.reenact_tokens(tokens, network.driving_motion(vector), always)
     straight, shape = avatar.pose(rest, vector), torch.zeros(1, SHAPE_SIZE)
     picture = avatar.view(straight, camera)
 
@@ -67,15 +68,15 @@ def measure_reconstructor(
         ("global encoder", "source"): lambda: network.global_encoder(placed),
         ("detail encoder", "source"): lambda: network.detail_encoder(placed),
         ("background", "source"): lambda: network.background(placed),
-        ("de-expression", "source"): lambda: network.deexpress(source, vector, always),
-        ("re-enactment", "motion"): lambda: network.reenact_tokens(tokens, grid, vector, always),
-        ("plane decoder", "motion"): lambda: network.decode_planes(driven, grid, source),
+        ("de-expression", "source"): lambda: network.deexpress(features, vector, always),
+        ("re-enactment", "motion"): lambda: network.reenact_tokens(tokens, network.driving_motion(vector), always),
+        ("plane decoder", "motion"): lambda: network.decode_planes(driven, features.detail),
         ("neck tables", "motion"): lambda: model.pose(shape, turned),
         ("super-resolution", "view"): lambda: model.superresolution(picture.raw, picture.features),
         ("driven frame, source cached", "whole"): lambda: avatar.drive(rest, camera, vector=vector),
         ("driven frame, neck turned", "whole"): lambda: avatar.drive(turned, camera, vector=vector),
         **{(f"another view, {n} x {n} rays", "whole"): view(n) for n in rays},
-        ("picture to frame", "whole"): lambda: model(image, vector, vector, always, shape, rest, camera),
+        ("picture to frame", "whole"): lambda: model(image, vector, Driver(vector), always, shape, rest, camera),
     }
     rows = []
     for (stage, often), call in progress(work.items(), "bench: reconstructor"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from head3d.labels import unpack_label
 from head3d.run import distributed
 from head3d.run.seeding import torch_generator
+from reconstructor.architecture import Driver
 from reconstructor.batches import Batch
 from reconstructor.frozen_networks import frozen_network_losses
 from reconstructor.learner import Learner
@@ -41,10 +42,10 @@ def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: 
 def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, draws: torch.Generator) -> dict[str, Tensor]:
     """Forward pass and weighted loss terms; density smoothness joins every `losses.smoothness.every` steps."""
     model, target = learner.model, unpack_label(batch.label)
-    rendered, planes = model(
+    images, planes, source, driver = model(
         batch.source_image,
         batch.source_motion,
-        batch.driving_motion,
+        Driver(batch.driving_motion, batch.driver_image),
         batch.motion_scale,
         target.shape,
         target.motion,
@@ -52,8 +53,9 @@ def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_
         generator=draws,
     )
     posed = model.pose(target.shape, target.motion)
-    terms = reconstruction_losses(config.losses, rendered, batch, lambda points: model.point_features(planes, points, posed), images_seen)
-    terms |= frozen_network_losses(config.losses, learner.frozen, rendered, batch, images_seen)
+    terms = reconstruction_losses(config.losses, images, batch, lambda points: model.point_features(planes, points, posed), images_seen)
+    terms |= frozen_network_losses(config.losses, learner.frozen, images, batch, images_seen)
+    terms |= model.architecture.extra_losses(source, driver, planes, batch, model.render_at_rest)
     smoothness = config.losses.smoothness
     if smoothness.weight > 0 and (images_seen // config.batches.size) % smoothness.every == 0:
         side, device = config.model.sampling.box_side, planes.device

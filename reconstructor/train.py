@@ -55,6 +55,7 @@ def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardC
         samples_seen=images_seen,
         rank=process.rank,
         world_size=process.world_size,
+        driver_image="driver_image" in learner.model.architecture.needs,
     )
     size, waited, window = config.batches.size, 0.0, (images_seen, time.perf_counter())
     with open_run("reconstructor", config, saved, images_seen, process) as run, stream as batches:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from head3d.networks.resample import image_layout
 from head3d.run.config import NonNegativeInt, PositiveInt
 from head3d.run.errors import ConfigError
+from reconstructor.architecture import Driver, Input, Render
 from reconstructor.background import BackgroundConfig, BackgroundNetwork
+from reconstructor.batches import Batch
 from reconstructor.blocks import FeatureHead, MotionBlock, PatchEmbed, PlaneDecoder, initialize, with_coordinates
 from reconstructor.encoders import DetailEncoder, GlobalEncoder, GlobalEncoderConfig
 from reconstructor.motion import IMAGE_MOTION_SIZE, MotionTokens
@@ -59,15 +61,28 @@ class Portrait4DConfig:
             )
 
     @property
+    def background_channels(self) -> int:
+        """Of the background's features."""
+        return self.background.channels
+
+    @property
     def plane_resolution(self) -> int:
         """Side of a plane, in pixels."""
         return self.image_resolution // 2
 
 
-class SourceCode(NamedTuple):
-    """What is computed from the source image alone, once per source."""
+class ImageFeatures(NamedTuple):
+    """What both encoders and the background branch read off the source picture."""
 
     global_features: Tensor  # [B, G, H/stride, W/stride] >= 0
+    detail: Tensor  # [B, D, H/2, W/2]
+    background: Tensor  # [B, C, H, W] in [0, 1]
+
+
+class SourceCode(NamedTuple):
+    """What is computed once per source."""
+
+    tokens: Tensor  # [B, T, token_width] canonical: the source's own expression is taken out
     detail: Tensor  # [B, D, H/2, W/2]
     background: Tensor  # [B, C, H, W] in [0, 1]
 
@@ -75,12 +90,14 @@ class SourceCode(NamedTuple):
 class Portrait4D(nn.Module):
     """source image, source motion, driving motion, switch -> planes.
 
-    image -> encode_source -> SourceCode -> deexpress(source motion) -> canonical tokens     once per source
-                                            reenact(driving motion)  -> planes               once per frame
+    image -> encode_image -> ImageFeatures -> deexpress(source motion) -> canonical tokens     once per source
+                                              reenact(driving motion)  -> planes               once per frame
 
     The switch `motion_scale` [B] multiplies the residual of every cross-attention of its sample: 1 reenacts; 0 reconstructs the picture
     as it is, and then neither motion vector has any effect.
     """
+
+    needs: frozenset[Input] = frozenset({"source_motion", "driving_motion"})
 
     def __init__(self, config: Portrait4DConfig, generator: torch.Generator | None = None):
         """`generator` draws the initial weights (None: torch's global generator)."""
@@ -94,6 +111,8 @@ class Portrait4D(nn.Module):
         self.driving_motion = MotionTokens(c.motion_dim, c.motion_hidden, c.motion_tokens, c.token_width)
         self.deexpression = nn.ModuleList(MotionBlock(c.token_width, c.heads, c.feed_forward_ratio) for _ in range(c.deexpression_blocks))
         self.reenactment = nn.ModuleList(MotionBlock(c.token_width, c.heads, c.feed_forward_ratio) for _ in range(c.reenactment_blocks))
+        side = c.image_resolution // (2 * c.global_encoder.output_stride)
+        self.grid = (side, side)  # of the motion blocks' tokens
         doublings = {8: 2, 4: 1}[c.global_encoder.output_stride]  # from there to half the image
         self.feature_head = FeatureHead(c.token_width, c.feature_hidden, c.feature_width, doublings)
         self.plane_decoder = PlaneDecoder(
@@ -112,19 +131,19 @@ class Portrait4D(nn.Module):
         self.global_encoder.temper_residuals()
         self.background.temper_output()
 
-    def encode_source(self, image: Tensor) -> SourceCode:
+    def encode_image(self, image: Tensor) -> ImageFeatures:
         """image [B, 3, H, W] in [-1, 1], H = W = config.image_resolution."""
         side = self.config.image_resolution
         assert image.shape[1:] == (3, side, side), f"source image is {tuple(image.shape)}, expected [B, 3, {side}, {side}]"
         placed = image_layout(with_coordinates(image))
-        return SourceCode(self.global_encoder(placed), self.detail_encoder(placed), self.background(placed))
+        return ImageFeatures(self.global_encoder(placed), self.detail_encoder(placed), self.background(placed))
 
-    def deexpress(self, source: SourceCode, source_motion: Tensor, motion_scale: Tensor) -> Tensor:
-        """Take the source's expression out (Phi_de), once per source: -> canonical tokens [B, T, token_width].
+    def deexpress(self, features: ImageFeatures, source_motion: Tensor, motion_scale: Tensor) -> Tensor:
+        """Take the source's expression out (Phi_de): -> canonical tokens [B, T, token_width].
 
         source_motion [B, motion_dim]; motion_scale [B].
         """
-        tokens, grid = self.patch_embed(source.global_features)
+        tokens, grid = self.patch_embed(features.global_features)
         if not self.config.deexpression_blocks:
             return tokens
         motion_tokens = self.source_motion(source_motion)
@@ -132,31 +151,30 @@ class Portrait4D(nn.Module):
             tokens = block(tokens, grid, motion_tokens, motion_scale)
         return tokens
 
-    def reenact(self, canonical_tokens: Tensor, source: SourceCode, driving_motion: Tensor, motion_scale: Tensor) -> Tensor:
-        """Put the driver's expression in (Phi_re) and decode (G_T): -> planes [B, 3, C, P, P] (XY, YZ, ZX); once per frame.
+    def encode_source(self, image: Tensor, motion: Tensor, motion_scale: Tensor) -> SourceCode:
+        """image as in `encode_image`, motion [B, motion_dim], motion_scale [B]."""
+        features = self.encode_image(image)
+        return SourceCode(self.deexpress(features, motion, motion_scale), features.detail, features.background)
 
-        canonical_tokens [B, T, token_width] from deexpress; driving_motion [B, motion_dim]; motion_scale [B].
-        """
-        grid = self.token_grid(source)
-        return self.decode_planes(self.reenact_tokens(canonical_tokens, grid, driving_motion, motion_scale), grid, source)
+    def encode_driver(self, driver: Driver, source: SourceCode, render: Render) -> Tensor:
+        """The driving motion's tokens [B, M, token_width]."""
+        return self.driving_motion(driver.motion)
 
-    def reenact_tokens(self, canonical_tokens: Tensor, grid: tuple[int, int], driving_motion: Tensor, motion_scale: Tensor) -> Tensor:
-        """Phi_re alone: canonical tokens -> driven tokens, [B, T, token_width]."""
-        tokens, motion_tokens = canonical_tokens, self.driving_motion(driving_motion)
+    def reenact_tokens(self, canonical_tokens: Tensor, motion_tokens: Tensor, motion_scale: Tensor) -> Tensor:
+        """Put the driver's expression in (Phi_re): canonical tokens -> driven tokens, [B, T, token_width]."""
+        tokens = canonical_tokens
         for block in self.reenactment:
-            tokens = block(tokens, grid, motion_tokens, motion_scale)
+            tokens = block(tokens, self.grid, motion_tokens, motion_scale)
         return tokens
 
-    def decode_planes(self, tokens: Tensor, grid: tuple[int, int], source: SourceCode) -> Tensor:
-        """G_T alone: driven tokens [B, T, token_width] -> planes [B, 3, C, P, P]."""
-        return self.plane_decoder(self.feature_head(tokens, grid), source.detail)
+    def decode_planes(self, tokens: Tensor, detail: Tensor) -> Tensor:
+        """G_T: driven tokens [B, T, token_width] and the source's detail -> planes [B, 3, C, P, P]."""
+        return self.plane_decoder(self.feature_head(tokens, self.grid), detail)
 
-    def planes(self, source: SourceCode, source_motion: Tensor, driving_motion: Tensor, motion_scale: Tensor) -> Tensor:
-        """Planes [B, 3, C, P, P] of the source with the driver's expression: deexpress, then reenact."""
-        return self.reenact(self.deexpress(source, source_motion, motion_scale), source, driving_motion, motion_scale)
+    def planes(self, source: SourceCode, driver: Tensor, motion_scale: Tensor) -> Tensor:
+        """Planes [B, 3, C, P, P] of the source with the driver's expression."""
+        return self.decode_planes(self.reenact_tokens(source.tokens, driver, motion_scale), source.detail)
 
-    @staticmethod
-    def token_grid(source: SourceCode) -> tuple[int, int]:
-        """Height and width of the grid of tokens."""
-        height, width = source.global_features.shape[2:]
-        return height // 2, width // 2
+    def extra_losses(self, source: SourceCode, driver: Tensor, planes: Tensor, batch: Batch, render: Render) -> dict[str, Tensor]:
+        """None: the shared terms are the published ones."""
+        return {}

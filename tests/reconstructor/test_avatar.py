@@ -9,6 +9,7 @@ from head3d.head_model import load_head_model
 from head3d.labels import Motion
 from head3d.run.errors import ConfigError
 from head3d.surface import SurfaceConfig
+from reconstructor.architecture import Driver
 from reconstructor.avatar import Avatar
 from reconstructor.model import Reconstructor
 
@@ -43,7 +44,7 @@ def test_an_avatar_draws_what_the_whole_network_draws(model, neck):
     camera = orbit(torch.tensor([0.3, -0.2]), torch.zeros(2), torch.full((2,), 4.17))
     avatar = Avatar.from_image(model, image, shape=shape, motion=own)
     source = [part.expand(2, *part.shape[1:]) for part in (image, own.vector(), shape)]
-    whole, _ = model(source[0], source[1], driving.vector(), torch.ones(2), source[2], driving, camera)
+    whole = model(source[0], source[1], Driver(driving.vector()), torch.ones(2), source[2], driving, camera).images
     driven = avatar.drive(driving, camera)
     assert torch.allclose(driven.image, whole.image, atol=1e-4)
     assert torch.allclose(driven.depth, whole.depth, atol=1e-4)
@@ -66,8 +67,8 @@ def test_equal_calls_give_equal_frames_whatever_shares_the_batch(model):
 
 def test_one_motion_is_seen_from_several_cameras_with_one_pass_of_the_network(model, monkeypatch):
     avatar, driving, calls = Avatar.from_image(model, picture()), motions(1, neck=0.2), []
-    reenact = model.architecture.reenact
-    monkeypatch.setattr(model.architecture, "reenact", lambda *arguments: calls.append(1) or reenact(*arguments))
+    planes = model.architecture.planes
+    monkeypatch.setattr(model.architecture, "planes", lambda *arguments: calls.append(1) or planes(*arguments))
     camera = orbit(torch.tensor([-0.4, 0.0, 0.4]), torch.zeros(3), torch.full((3,), 4.17))
     views = avatar.drive(driving, camera).image
     assert len(calls) == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from head3d.run.errors import AssetError, ConfigError
+from reconstructor.architecture import Driver, repeat
 from reconstructor.architectures.portrait4d import Portrait4D, Portrait4DConfig
 from reconstructor.background import BackgroundConfig
 from reconstructor.blocks import MotionBlock
@@ -54,6 +55,11 @@ def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return image, torch.randn(batch, 109, generator=generator), torch.randn(batch, 109, generator=generator)
 
 
+def drive(model, image, source_motion, driving_motion, scale):
+    """The planes of it all."""
+    return model.planes(model.encode_source(image, source_motion, scale), model.driving_motion(driving_motion), scale)
+
+
 def differs(first: torch.Tensor, second: torch.Tensor) -> bool:
     return float((first - second).abs().max()) > 1e-3 * float(first.std())
 
@@ -61,11 +67,11 @@ def differs(first: torch.Tensor, second: torch.Tensor) -> bool:
 def test_shapes_and_ranges_follow_from_the_config():
     model = build(trained=False)
     image, source_motion, driving_motion = inputs()
-    source = model.encode_source(image)
-    assert [tuple(part.shape) for part in source] == [(2, 16, 16, 16), (2, 8, 32, 32), (2, 8, 64, 64)]
-    assert (source.background >= 0).all()
-    assert (source.background <= 1).all()
-    planes = model.planes(source, source_motion, driving_motion, torch.ones(2))
+    features = model.encode_image(image)
+    assert [tuple(part.shape) for part in features] == [(2, 16, 16, 16), (2, 8, 32, 32), (2, 8, 64, 64)]
+    assert (features.background >= 0).all()
+    assert (features.background <= 1).all()
+    planes = drive(model, image, source_motion, driving_motion, torch.ones(2))
     assert planes.shape == (2, 3, 8, TINY.plane_resolution, TINY.plane_resolution)
     assert TINY.plane_resolution == 32
     assert torch.isfinite(planes).all()
@@ -76,29 +82,27 @@ def test_shapes_and_ranges_follow_from_the_config():
 def test_with_scale_zero_neither_motion_has_any_effect():
     model = build(trained=True)
     image, first, second = inputs()
-    source = model.encode_source(image)
     off = torch.zeros(2)
-    assert torch.equal(model.planes(source, first, second, off), model.planes(source, second, -first, off))
+    assert torch.equal(drive(model, image, first, second, off), drive(model, image, second, -first, off))
 
 
 @torch.no_grad()
 def test_with_scale_one_both_motions_matter():
     model = build(trained=True)
     image, first, second = inputs()
-    source, on = model.encode_source(image), torch.ones(2)
-    planes = model.planes(source, first, second, on)
-    assert differs(planes, model.planes(source, second, second, on))
-    assert differs(planes, model.planes(source, first, first, on))
+    on = torch.ones(2)
+    planes = drive(model, image, first, second, on)
+    assert differs(planes, drive(model, image, second, second, on))
+    assert differs(planes, drive(model, image, first, first, on))
 
 
 @torch.no_grad()
 def test_the_switch_travels_with_its_sample():
     model = build(trained=True)
     image, first, second = inputs()
-    source = model.encode_source(image)
-    mixed = model.planes(source, first, second, torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(mixed[0], model.planes(source, first, second, torch.ones(2))[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(mixed[1], model.planes(source, first, second, torch.zeros(2))[1], atol=1e-5, rtol=1e-5)
+    mixed = drive(model, image, first, second, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(mixed[0], drive(model, image, first, second, torch.ones(2))[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed[1], drive(model, image, first, second, torch.zeros(2))[1], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -106,64 +110,61 @@ def test_batch_mates_do_not_matter():
     model = build(trained=True)
     image, first, second = inputs(3)
     scale = torch.tensor([1.0, 0.0, 1.0])
-    source = model.encode_source(image)
-    together = model.planes(source, first, second, scale)
+    together = drive(model, image, first, second, scale)
+    background = model.encode_image(image).background
     for k in range(3):
         one = slice(k, k + 1)
-        alone = model.encode_source(image[one])
-        torch.testing.assert_close(alone.background, source.background[one], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model.planes(alone, first[one], second[one], scale[one]), together[one], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.encode_image(image[one]).background, background[one], atol=1e-5, rtol=1e-5)
+        alone = drive(model, image[one], first[one], second[one], scale[one])
+        torch.testing.assert_close(alone, together[one], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_an_untrained_network_is_static_because_cross_attention_starts_at_zero():
     model = build(trained=False)
     image, first, second = inputs()
-    source = model.encode_source(image)
-    assert torch.equal(model.planes(source, first, second, torch.ones(2)), model.planes(source, first, second, torch.zeros(2)))
+    assert torch.equal(drive(model, image, first, second, torch.ones(2)), drive(model, image, first, second, torch.zeros(2)))
 
 
 @torch.no_grad()
 def test_one_cached_source_serves_many_frames():
     model = build(trained=True)
     image, source_motion, _ = inputs(1)
-    source = model.encode_source(image)
-    canonical = model.deexpress(source, source_motion, torch.ones(1))
-    assert canonical.shape == (1, 64, TINY.token_width)
-    for seed in (1, 2):
-        driving = torch.randn(1, 109, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(
-            model.reenact(canonical, source, driving, torch.ones(1)), model.planes(source, source_motion, driving, torch.ones(1))
-        )
+    source = model.encode_source(image, source_motion, torch.ones(1))
+    assert source.tokens.shape == (1, 64, TINY.token_width)
+    driving = torch.randn(3, 109, generator=torch.Generator().manual_seed(1))
+    together = model.planes(repeat(source, 3), model.driving_motion(driving), torch.ones(3))
+    for k in range(3):
+        alone = drive(model, image, source_motion, driving[k : k + 1], torch.ones(1))
+        torch.testing.assert_close(together[k : k + 1], alone, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_background_and_detail_reach_the_result_without_the_motion():
     model = build(trained=True)
     image, first, second = inputs(1)
-    source = model.encode_source(image)
-    planes = model.planes(source, first, second, torch.ones(1))
-    other_background = source._replace(background=1 - source.background)
-    assert torch.equal(model.planes(other_background, first, second, torch.ones(1)), planes)
-    assert differs(model.planes(source._replace(detail=-source.detail), first, second, torch.ones(1)), planes)
+    source, on = model.encode_source(image, first, torch.ones(1)), torch.ones(1)
+    driver = model.encode_driver(Driver(second), source, None)
+    planes = model.planes(source, driver, on)
+    assert torch.equal(model.planes(source._replace(background=1 - source.background), driver, on), planes)
+    assert differs(model.planes(source._replace(detail=-source.detail), driver, on), planes)
 
 
 @torch.no_grad()
 def test_without_deexpression_blocks_the_source_s_motion_has_no_effect_and_no_parameters():
     model = build(trained=True, config=dataclasses.replace(TINY, deexpression_blocks=0, reenactment_blocks=2))
     image, first, second = inputs()
-    source = model.encode_source(image)
-    planes = model.planes(source, first, second, torch.ones(2))
-    assert torch.equal(planes, model.planes(source, first + 1, second, torch.ones(2)))
-    assert differs(planes, model.planes(source, first, second + 1, torch.ones(2)))
+    planes = drive(model, image, first, second, torch.ones(2))
+    assert torch.equal(planes, drive(model, image, first + 1, second, torch.ones(2)))
+    assert differs(planes, drive(model, image, first, second + 1, torch.ones(2)))
     assert not any("source_motion" in name or "deexpression" in name for name in model.state_dict())
 
 
 def gradients(model: Portrait4D, scale: torch.Tensor) -> tuple[set[str], set[str]]:
     """Names of the parameters that get a gradient, and of those that get none or only zeros."""
     image, first, second = inputs()
-    source = model.encode_source(image)
-    (model.planes(source, first, second, scale).square().mean() + source.background.mean()).backward()
+    source = model.encode_source(image, first, scale)
+    (model.planes(source, model.driving_motion(second), scale).square().mean() + source.background.mean()).backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
     return reached, {name for name, _ in model.named_parameters()} - reached
 
@@ -214,9 +215,9 @@ def test_published_network_has_the_published_number_of_parameters():
 def test_published_network_gives_published_shapes():
     with torch.device("meta"):
         model = Portrait4D(Portrait4DConfig())
-        source = model.encode_source(torch.empty(1, 3, 512, 512))
-        assert [tuple(part.shape) for part in source] == [(1, 256, 64, 64), (1, 96, 256, 256), (1, 32, 512, 512)]
-        assert model.planes(source, torch.empty(1, 548), torch.empty(1, 548), torch.empty(1)).shape == (1, 3, 32, 256, 256)
+        image = torch.empty(1, 3, 512, 512)
+        assert [tuple(part.shape) for part in model.encode_image(image)] == [(1, 256, 64, 64), (1, 96, 256, 256), (1, 32, 512, 512)]
+        assert drive(model, image, torch.empty(1, 548), torch.empty(1, 548), torch.empty(1)).shape == (1, 3, 32, 256, 256)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_impossible_sizes_are_refused_with_the_key(change, words):
 
 def test_a_picture_of_another_size_is_refused():
     with pytest.raises(AssertionError, match="64, 64"):
-        build(trained=False).encode_source(torch.zeros(1, 3, 32, 32))
+        build(trained=False).encode_image(torch.zeros(1, 3, 32, 32))
 
 
 def published_shapes() -> dict[str, torch.Tensor]:

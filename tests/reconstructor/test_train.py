@@ -29,6 +29,7 @@ from head3d.run.training import Divergence, check_finite
 from reconstructor import learner as learning
 from reconstructor import steps
 from reconstructor import train as training
+from reconstructor.architecture import Driver
 from reconstructor.batches import BatchConfig, BatchStream
 from reconstructor.frozen_networks import FrozenNetworks
 from reconstructor.learner import build, check_data, circumstances
@@ -67,15 +68,15 @@ def test_with_the_switch_off_the_driver_has_no_influence_and_with_it_on_it_has(w
     outputs = {}
     for scale in (0.0, 1.0):
         for sign in (1.0, -1.0):
-            images, _ = model(
+            images = model(
                 batch.source_image,
                 batch.source_motion * sign,
-                batch.driving_motion * sign,
+                Driver(batch.driving_motion * sign),
                 torch.full((4,), scale),
                 batch.label[:, 25:325],
                 Motion.neutral(4),
                 frontal(4),
-            )
+            ).images
             outputs[scale, sign] = images.image
     assert torch.equal(outputs[0.0, 1.0], outputs[0.0, -1.0])
     assert not torch.equal(outputs[1.0, 1.0], outputs[1.0, -1.0])
