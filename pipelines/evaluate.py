@@ -15,6 +15,7 @@ OF_GENERATOR = ("portraits", "measures")  # settings that a reconstructor has no
 OF_RECONSTRUCTOR = (
     "reconstructor",
     "shards",
+    "motion_encoder",
     "perception",
     "split",
     "identities",

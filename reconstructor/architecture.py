@@ -18,6 +18,7 @@ from torch import Tensor
 from head3d.cameras import Camera
 from head3d.rendering import HeadImages
 from reconstructor.batches import Batch
+from reconstructor.motion import MotionKind
 
 Input = Literal["source_motion", "driving_motion", "driver_image"]  # of `Batch`; the source's picture is always there
 # (planes [B, 3, C, P, P], background [B, C, b, b] in [0, 1], camera) -> pictures, the neck at rest
@@ -45,8 +46,12 @@ class ArchitectureConfig(Protocol):
     """What others read of an architecture's settings."""
 
     image_resolution: int  # of the source picture, px
-    motion_dim: int  # length of a motion vector
+    motion: MotionKind  # which motion vector it reads
     plane_channels: int  # of each of the three planes
+
+    @property
+    def motion_dim(self) -> int:
+        """Length of that vector."""
 
     @property
     def background_channels(self) -> int: ...

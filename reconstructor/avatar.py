@@ -56,7 +56,7 @@ class Avatar:
         *,
         shape: Tensor | None = None,  # [1, 300] for the neck stage; None = the mean head
         motion: Motion | None = None,  # of the picture; None = neutral
-        vector: Tensor | None = None,  # [1, D] what the network's attention reads; None = the FLAME motion's own vector
+        vector: Tensor | None = None,  # [1, D] what the network's attention reads (`motion_vectors.py`); None = the FLAME motion's own
     ) -> Avatar:
         """Encode the source once.
 
@@ -116,5 +116,6 @@ def _vector(model: Reconstructor, motion: Motion, vector: Tensor | None) -> Tens
     if vector.shape[1] != expected:
         names = {MOTION_VECTOR_SIZE: "FLAME's expression, jaw and eyes", IMAGE_MOTION_SIZE: "read off pictures"}
         ours, theirs = (f"{size} numbers ({names.get(size, 'of another kind')})" for size in (expected, vector.shape[1]))
-        raise ConfigError(f"this reconstructor reads motion vectors of {ours}, got {theirs}; use a network trained for them")
+        remedy = "give those of a picture by MotionVectors" if expected == IMAGE_MOTION_SIZE else "use a network trained for them"
+        raise ConfigError(f"this reconstructor reads motion vectors of {ours}, got {theirs}; {remedy}")
     return vector.to(next(model.parameters()).device)

@@ -72,13 +72,13 @@ class BatchConfig:
 
 
 class Item(NamedTuple):
-    """One sample by indices into the frames; `driver_view` is only for looking at."""
+    """One sample by indices into the frames."""
 
     source: int
     source_view: int
     target: int
     target_view: int
-    driver_view: int
+    driver_view: int  # another one than the target's, where there is another
     static: bool  # of the static share
     motion_scale: float  # the disentangling switch
 
@@ -88,13 +88,13 @@ class Batch:
     """B samples. Pictures and features are in [-1, 1] unless said otherwise; absent members are None."""
 
     source_image: Tensor  # [B, 3, H, W]
-    source_motion: Tensor  # [B, 109] FLAME motion vector of the source
-    driving_motion: Tensor  # [B, 109] of the target
+    source_motion: Tensor  # [B, D] motion vector of the source: FLAME's (109) as read; see `motion_vectors.py`
+    driving_motion: Tensor  # [B, D] of the target
     motion_scale: Tensor  # [B] the disentangling switch: 0 reconstruction, 1 reenactment
     label: Tensor  # [B, 437] of the target; its shape is the source's too (one identity)
     identity: Tensor  # [B] int64
     image: Tensor  # [B, 3, H, W] target picture
-    driver_image: Tensor | None = None  # [B, 3, H, W] the target's motion from another camera; to look at, or an architecture's need
+    driver_image: Tensor | None = None  # [B, 3, H, W] the target's motion from another camera, if there is one; where it is needed
     opacity: Tensor | None = None  # [B, 1, R, R] in [0, 1]
     depth: Tensor | None = None  # [B, 1, R, R] ray distance, scene units
     foreground: Tensor | None = None  # [B, C, R, R] in [0, 1], before the background is added
@@ -209,11 +209,12 @@ class ItemOrder:
         target, static = self.target(position)
         rng = numpy_generator(self._seed, "views", position)
         views = self.frames[target].views
-        target_view, driver_view = int(rng.integers(views)), int(rng.integers(views))
+        target_view = int(rng.integers(views))
+        driver_view = _other_view(target_view, views, rng) if views > 1 else target_view
         one_frame = static or self._is_swapped(position)
         if one_frame:
             source = target
-            source_view = (target_view + 1 + int(rng.integers(views - 1))) % views
+            source_view = _other_view(target_view, views, rng)
         else:
             others = [index for index in self._by_identity[self.frames[target].identity] if index != target]
             source = others[int(rng.integers(len(others)))]
@@ -230,6 +231,11 @@ class ItemOrder:
         """The items of `rank` in the global batch that starts at `samples_seen`: static ones first, every world_size-th item."""
         items = [self.item(position) for position in range(samples_seen, samples_seen + self._size)]
         return sorted(items, key=lambda item: not item.static)[rank::world_size]
+
+
+def _other_view(view: int, views: int, rng: np.random.Generator) -> int:
+    """One of the other `views` - 1 >= 1."""
+    return (view + 1 + int(rng.integers(views - 1))) % views
 
 
 def as_picture(pixels: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from head3d.head_model import BUILT_IN
 from head3d.labels import MOTION_VECTOR_SIZE, Motion, unpack_label
 from head3d.networks.resample import resize_antialias
 from head3d.pictures import grid, save_png, save_video, to_uint8
-from head3d.run.checkpoint import exported_hash, load_exported
+from head3d.run.checkpoint import exported_config, exported_hash
 from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt, to_dict
 from head3d.run.errors import ConfigError
 from head3d.run.files import atomic_folder, sha256_of_file, write_atomic
@@ -29,6 +29,7 @@ from head3d.surface import SurfaceConfig, save_mesh
 from reconstructor.avatar import Avatar
 from reconstructor.drivers import MotionReader, Pictures, drives_by_pictures, open_pictures, perception_reader, sequence_of
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport, load_reconstructor
+from reconstructor.motion_vectors import exported_motion_vectors
 from reconstructor.perception import load_perception
 from reconstructor.sequences import Sequence, built_in, from_file, of_labels, orbiting
 from reconstructor.sources import ASTRONAUT, Crop, Source, held_out_frames, read_photograph, read_sample
@@ -40,7 +41,7 @@ Output = Literal["video", "frames", "sheet", "mesh"]
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Meshes of the head at rest (neutral motion; the source's own for a network that reads pictures) and in one frame.
+    """Meshes of the head at rest (neutral motion) and in one frame.
 
     Scene units (FLAME metres x 3), y up, the face to +z.
     """
@@ -68,7 +69,9 @@ class DriveRun:
     # pictures: a video file, a folder, or the number of a camera
     motion: str = "built-in"
     motion_count: PositiveInt = 8  # motions taken for motion "shard"
-    perception: Path | None = None  # exported perception network that reads the motion of such pictures
+    # exported perception network that reads the motion of such pictures; a network of architecture.motion image has its own, which lay
+    # where it records unless given here
+    perception: Path | None = None
     most_frames: PositiveInt = 250  # of a video, folder or camera as driver
     shards: str = "runs/datagen"  # data set (folder or URL), read for source or motion "shard" only
     frames_between: PositiveInt = 12  # frames from one key motion to the next; files and pictures are played as they are
@@ -97,25 +100,29 @@ def drive(config: DriveRun, reader: MotionReader | None = None) -> int:
     if not config.motion.isdecimal() and _made_before(config.out / "drive.json", record, written):
         print(f"{config.out}: made before, with the same settings")
         return 0
-    model = load_reconstructor(config.reconstructor, "cuda" if torch.cuda.is_available() else "cpu")
-    if reader is None and config.perception is not None and drives_by_pictures(config.motion):
-        network = load_perception(config.perception, None, next(model.parameters()).device)
-        reader = perception_reader(network, model.architecture.config.motion_dim)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vectors = exported_motion_vectors(config.reconstructor, config.perception, "perception", device)
+    model, flame = load_reconstructor(config.reconstructor, device), vectors.kind == "flame"
+    if reader is None and not flame:
+        reader = perception_reader(vectors.network, vectors.kind)
+    elif reader is None and config.perception is not None and drives_by_pictures(config.motion):
+        reader = perception_reader(load_perception(config.perception, None, device), vectors.kind)
     dataset = open_dataset(config.shards) if "shard" in (config.source, config.motion) else None
     source = read_source(config, dataset)
     sequence, fps = read_sequence(config, dataset, model, reader)
     if "mesh" in config.outputs and config.mesh.frame >= len(sequence):
         raise ConfigError(f"mesh.frame {config.mesh.frame}: the driver has {len(sequence)} frames; choose 0 to {len(sequence) - 1}")
-    flame = model.architecture.config.motion_dim == MOTION_VECTOR_SIZE
     image, note, vector = resize_antialias(source.image, model.architecture.config.image_resolution), source.note, None
-    if sequence.vector is not None and not (flame and source.motion is not None):
-        vector, note = reader(image.to(sequence.vector.device)).vector, f"{note}; its motion as the reader of the driver sees it"
+    if not flame or (sequence.vector is not None and source.motion is None):
+        vector, note = reader(image.to(device)).vector, f"{note}; its motion as the reader of the driver sees it"
+    if sequence.vector is None:
+        sequence = dataclasses.replace(sequence, vector=vectors.described(sequence.motion))
     print(f"source: {note}")
     avatar = Avatar.from_image(model, image, shape=source.shape, motion=source.motion, vector=vector)
     record |= {"command": "drive", "source": note, "frames": len(sequence)}
     if "mesh" in config.outputs:
         driven = sequence.select(slice(config.mesh.frame, config.mesh.frame + 1))
-        rest = avatar.pose(Motion.neutral(1), None if flame else vector)
+        rest = avatar.pose(Motion.neutral(1), vectors.described(Motion.neutral(1)))
         for name, head in (("rest", rest), ("driven", avatar.pose(driven.motion, driven.vector))):
             save_mesh(config.out / f"mesh_{name}.{config.mesh.format}", avatar.surface(head, config.mesh.surface))
     write_pictures(config, avatar, source, sequence, config.fps or fps or DEFAULT_FPS, record)
@@ -208,7 +215,7 @@ def read_sequence(
     """The frames to play, seen from where the settings say, and the driver's own frames per second, if it has any."""
     fps = None
     if config.motion == "built-in":
-        _, export = load_exported(config.reconstructor, ReconstructorExport, EXPORT_KIND)
+        export = exported_config(config.reconstructor, ReconstructorExport, EXPORT_KIND)
         sequence = built_in(expression_names(export.head_model), config.frames_between, np.deg2rad(config.turn_deg))
     elif config.motion == "shard":
         frames = held_out_frames(dataset)[: config.motion_count]
@@ -232,11 +239,10 @@ def read_sequence(
 
 def _read_pictures(config: DriveRun, pictures: Pictures, model: Reconstructor, reader: MotionReader | None) -> Sequence:
     if reader is None:
-        size = model.architecture.config.motion_dim
-        reads = f"FLAME motion ({size} numbers: expression, jaw, eyes)" if size == MOTION_VECTOR_SIZE else f"{size} numbers off pictures"
         raise ConfigError(
-            f"motion {config.motion}: it is pictures, and this reconstructor takes {reads}; give a network that reads them with "
-            "--perception DIR (made by the perception command), or FLAME motions (a .npz or .npy file, 'built-in' or 'shard')"
+            f"motion {config.motion}: it is pictures, and this reconstructor takes FLAME motion ({MOTION_VECTOR_SIZE} numbers: expression, "
+            "jaw, eyes); give a network that reads them with --perception DIR (made by the perception command), or FLAME motions (a file "
+            "of them, 'built-in' or 'shard')"
         )
     device = next(model.parameters()).device
     return sequence_of(pictures, reader, config.most_frames, model.architecture.config.image_resolution, device)

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from genhead.photographs import open_picture
 from head3d.cameras import Camera, default_intrinsics
-from head3d.labels import MOTION_VECTOR_SIZE, Motion
+from head3d.labels import Motion
 from head3d.networks.resample import resize_antialias
-from head3d.run.errors import ConfigError, DataError
+from head3d.run.errors import DataError
 from head3d.run.runlog import progress
-from reconstructor.motion import IMAGE_MOTION_SIZE
+from reconstructor.motion import MotionKind
+from reconstructor.motion_vectors import MotionVectors
 from reconstructor.perception import Perception
 from reconstructor.sequences import FRONTAL_RADIUS, Sequence
 from reconstructor.sources import central_square, crop_square
@@ -43,23 +44,14 @@ class PictureMotion(NamedTuple):
 MotionReader = Callable[[Tensor], PictureMotion]  # pictures [B, 3, n, n] in [-1, 1]
 
 
-def perception_reader(network: Perception, motion_size: int) -> MotionReader:
-    """The perception network as a reader for a reconstructor whose motion vectors have `motion_size` numbers.
-
-    548 come from the motion encoder, 109 are the FLAME motion that the network reads. Raises ConfigError for another size.
-    """
-    if motion_size not in (MOTION_VECTOR_SIZE, IMAGE_MOTION_SIZE):
-        raise ConfigError(
-            f"motion: a perception network gives vectors of {MOTION_VECTOR_SIZE} numbers (FLAME) or {IMAGE_MOTION_SIZE} (image motion), "
-            f"this reconstructor takes {motion_size}; give FLAME motions, or another reconstructor"
-        )
+def perception_reader(network: Perception, kind: MotionKind) -> MotionReader:
+    """The perception network as a reader for a reconstructor: of the FLAME motion that it reads, or of its motion encoder's vectors."""
 
     @torch.no_grad()
     def read(pictures: Tensor) -> PictureMotion:
         found = network.read(pictures)
         motion = Motion(found.expression, torch.zeros_like(found.jaw_pose), found.jaw_pose, found.eye_pose)
-        vector = motion.vector() if motion_size == MOTION_VECTOR_SIZE else network.motion(pictures)
-        return PictureMotion(motion, found.rotation, vector)
+        return PictureMotion(motion, found.rotation, MotionVectors(kind, network).seen(pictures, motion))
 
     return read
 

@@ -42,12 +42,13 @@ from head3d.run.seeding import numpy_generator, torch_generator
 from reconstructor.architecture import Driver
 from reconstructor.batches import as_picture
 from reconstructor.model import Reconstructor, load_reconstructor
+from reconstructor.motion_vectors import MotionVectors, exported_motion_vectors
 from reconstructor.perception import load_errors, load_perception
 from reconstructor.perception_errors import PICTURE_UNITS, errors_table, picture_measures
 
 TASKS = ("novel_view", "self_reenactment", "cross_reenactment")
 ROWS = ("ours", "copy_source", "mean_image")
-NOT_RECORDED = ("out", "reconstructor", "shards", "generator", "perception", "batch")  # settings that other entries of a result stand for
+NOT_RECORDED = ("out", "reconstructor", "shards", "generator", "motion_encoder", "perception", "batch")  # other entries stand for them
 TRUTH = "truth"  # a row that only what a network reads has
 METRICS = {
     "psnr": "dB, whole picture, higher is better",
@@ -65,6 +66,7 @@ class EvaluateRun:
     reconstructor: Path = Path("runs/reconstructor/export")  # exported reconstructor
     shards: str = "runs/datagen"  # data set (folder or URL) that it was trained on; its held-out split is used
     generator: Path | None = None  # exported generator that renders the truth; None = the one that the shards record
+    motion_encoder: Path | None = None  # exported perception network whose motion vectors it reads; None = the one it records
     perception: Path | None = None  # exported perception network of role evaluation; None = only what needs no network is measured
     split: Literal["val", "test"] = "test"  # identities used
     identities: PositiveInt = 200  # at most this many source identities a task
@@ -180,6 +182,7 @@ def measure_all(config: EvaluateRun, plan: Plan) -> tuple[list[dict], dict[str, 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = open_dataset(config.shards)
     model = load_reconstructor(config.reconstructor, device)
+    vectors = exported_motion_vectors(config.reconstructor, config.motion_encoder, "motion_encoder", device)
     truths = Truths(dataset, plan, config.generator or Path(plan.generator.folder), device)
     mean_image = mean_training_image(dataset, config.mean_images, config.seed)
     network = None if config.perception is None else load_perception(config.perception, "evaluation", device)
@@ -189,7 +192,7 @@ def measure_all(config: EvaluateRun, plan: Plan) -> tuple[list[dict], dict[str, 
     with progress(len(cases), "evaluate", unit="sample") as bar:
         for part in _runs(cases, config.batch):
             samples, task = [truths.sample(case) for case in part], part[0].task
-            predictions = predict(model, samples, task, mean_image)
+            predictions = predict(model, vectors, samples, task, mean_image)
             truth, source = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("truth", "source_image"))
             label = torch.stack([sample.target_label for sample in samples])
             for row, (images, depth) in (predictions | ({} if network is None else {TRUTH: (truth, None)})).items():
@@ -282,15 +285,21 @@ def _runs(cases: list[Case], size: int) -> Iterator[list[Case]]:
 
 
 @torch.no_grad()
-def predict(model: Reconstructor, samples: list[Sample], task: str, mean_image: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Row -> (pictures [B, 3, S, S], depth [B, 1, R, R] or None), on the CPU."""
+def predict(
+    model: Reconstructor, vectors: MotionVectors, samples: list[Sample], task: str, mean_image: Tensor
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Row -> (pictures [B, 3, S, S], depth [B, 1, R, R] or None), on the CPU.
+
+    A network that reads motion off pictures is shown the driver's; in self-reenactment that is the truth itself, as in the paper.
+    """
     device = next(model.parameters()).device
-    source_image = torch.stack([sample.source_image for sample in samples])
+    source_image, driver_image = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("source_image", "driver_image"))
     source = unpack_label(torch.stack([sample.source_label for sample in samples]).to(device))
     target = unpack_label(torch.stack([sample.target_label for sample in samples]).to(device))
     scale = torch.full((len(samples),), 0.0 if task == "novel_view" else 1.0, device=device)
-    driver = Driver(target.motion.vector(), torch.stack([sample.driver_image for sample in samples]).to(device))
-    images = model(source_image.to(device), source.motion.vector(), driver, scale, source.shape, target.motion, target.camera).images
+    source_vector = vectors.seen(source_image.to(device), source.motion)
+    driver = Driver(vectors.seen(driver_image.to(device), target.motion), driver_image.to(device))
+    images = model(source_image.to(device), source_vector, driver, scale, source.shape, target.motion, target.camera).images
     return {
         "ours": (images.image.cpu(), images.depth.cpu()),
         "copy_source": (source_image, None),

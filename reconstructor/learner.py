@@ -15,7 +15,6 @@ from datagen.worker import load_planned_generator
 from genhead.generator import GenHead
 from head3d.adversarial import Ema
 from head3d.head_model import load_head_model
-from head3d.labels import MOTION_VECTOR_SIZE
 from head3d.run.checkpoint import Checkpoint, export_model, pack_optimizer, save_checkpoint, unpack_optimizer
 from head3d.run.config import config_hash, to_dict
 from head3d.run.errors import AssetError, ConfigError
@@ -25,6 +24,7 @@ from reconstructor.batches import usable_frames
 from reconstructor.frozen_networks import FrozenNetworks, load_frozen_networks
 from reconstructor.losses import check_labels
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport
+from reconstructor.motion_vectors import MotionVectors, open_motion_vectors
 from reconstructor.settings import ADVICE, FREE_IN_BATCHES, FREE_TO_CHANGE, ReconstructorRun
 
 
@@ -37,6 +37,7 @@ class Learner:
     ema: Ema
     optimizer: torch.optim.Adam
     frozen: FrozenNetworks  # what some losses ask; never changes
+    vectors: MotionVectors  # what the attention is told of motions; never changes
     head_model: str  # what the networks' head was loaded from
 
 
@@ -48,11 +49,6 @@ def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
         raise ConfigError(
             f"{where}: holds {len(dataset.frames)} of the {planned} frames that it was planned with, and training on it would be another "
             "run; finish it by calling its datagen command again"
-        )
-    if architecture.motion_dim != MOTION_VECTOR_SIZE:
-        raise ConfigError(
-            f"model.architecture.motion_dim is {architecture.motion_dim}, but the motion comes as a FLAME vector of "
-            f"{MOTION_VECTOR_SIZE} numbers (expression 100, jaw 3, eyes 6); set it to {MOTION_VECTOR_SIZE}"
         )
     model, losses, stored = config.model, config.losses, dataset.manifest["settings"]["generator"]["model"]
     maps = any(getattr(losses, term).weight for term in ("image", "features", "depth", "opacity"))
@@ -84,7 +80,9 @@ def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
 
 
 def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool) -> Learner:
-    """A learner at the start of its life. Raises AssetError if generator or head model are not those of the shards."""
+    """A learner at the start of its life. Raises AssetError if generator or head model are not those of the shards, and what
+    `open_motion_vectors` raises."""
+    vectors = open_motion_vectors(config.model.architecture.motion, config.perception, device)
     head_model = config.head_model or plan.generator.head_model
     head = load_head_model(head_model)
     if head.content_hash != plan.generator.head_hash:
@@ -101,7 +99,7 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool
     ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
     optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, config.betas, config.epsilon)
     frozen = load_frozen_networks(config.network_files(), config.losses, model.head_model, device)
-    return Learner(model, averaged, ema, optimizer, frozen, head_model)
+    return Learner(model, averaged, ema, optimizer, frozen, vectors, head_model)
 
 
 def take_from_generator(model: Reconstructor, generator: GenHead) -> None:
@@ -122,12 +120,12 @@ def take_from_generator(model: Reconstructor, generator: GenHead) -> None:
         getattr(model, name).load_state_dict(other)
 
 
-def circumstances(dataset: ShardDataset, frozen: FrozenNetworks) -> dict[str, Any]:
+def circumstances(dataset: ShardDataset, frozen: FrozenNetworks, vectors: MotionVectors) -> dict[str, Any]:
     """What a run depends on beside its settings: frozen networks, and data. A set that grew, lacked shards or excludes others has
     another order."""
     excluded = config_hash(dataset.excluded.entry())
     data = {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames), "excluded": excluded}
-    return {"data": data, "networks": frozen.weights_hashes()}
+    return {"data": data, "networks": frozen.weights_hashes() | vectors.weights_hashes()}
 
 
 def save(config: ReconstructorRun, learner: Learner, images_seen: int, state: dict[str, Any]) -> Path:
@@ -158,5 +156,6 @@ def _settings(values: dict) -> dict:
 
 def export(config: ReconstructorRun, learner: Learner, images_seen: int) -> Path:
     """Write the averaged reconstructor for use: RUN/export."""
-    settings = ReconstructorExport(head_model=learner.head_model, model=config.model)
+    vectors = learner.vectors
+    settings = ReconstructorExport(learner.head_model, str(vectors.folder) if vectors.folder else "", vectors.weights_hash, config.model)
     return export_model(config.out / "export", learner.averaged.weights(), settings, EXPORT_KIND, images_seen)

@@ -1,10 +1,16 @@
 """Motion vectors and the tokens that attention reads them as."""
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from head3d.labels import MOTION_VECTOR_SIZE
+
 # Eyes 6, emotion 30, mouth features 512: what Portrait4D's motion encoder reads off a picture. FLAME's is labels.MOTION_VECTOR_SIZE.
 IMAGE_MOTION_SIZE = 548
+MotionKind = Literal["flame", "image"]  # where a motion vector comes from: a label, or a picture (`motion_vectors.py`)
+MOTION_SIZES: dict[MotionKind, int] = {"flame": MOTION_VECTOR_SIZE, "image": IMAGE_MOTION_SIZE}
 
 
 class MotionTokens(nn.Module):

@@ -40,7 +40,7 @@ class ReconstructorRun:
     shards: str = "runs/datagen"  # data set: a folder or a URL (made by the datagen command)
     generator: Path | None = None  # exported generator for the warm start; None = the one that the shards record
     head_model: str | None = None  # path of a FLAME-format file, or "procedural"; None = the one that the shards record
-    perception: Path | None = None  # exported perception network with role losses: perceptual and identity terms
+    perception: Path | None = None  # exported perception network with role losses: perceptual and identity terms, image motion
     lpips: tuple[Path, ...] = ()  # LPIPS for the perceptual term (published): the authors' vgg.pth and torchvision's VGG-16, or one file
     arcface: Path | None = None  # ArcFace for the identity term (published): a state dict of insightface's IR-ResNet
     missing_networks: Literal["refuse", "drop"] = "refuse"  # perceptual or identity term, and none of those for it: stop, or do without

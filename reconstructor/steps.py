@@ -21,6 +21,7 @@ from reconstructor.settings import ReconstructorRun
 def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, process: distributed.Process) -> dict[str, float]:
     """One update from this process's part of a batch; none if the loss is not finite. Returns means over all processes for the log."""
     totals: dict[str, float] = {}
+    batch = learner.vectors.of_batch(batch)
     learner.optimizer.zero_grad(set_to_none=True)
     for start in range(0, len(batch), config.micro_batch):
         part = batch.select(slice(start, start + config.micro_batch))

@@ -1,6 +1,7 @@
 """Train the reconstructor on streamed shards: one loop, images seen as the clock, the same command resumes.
 
 shards --BatchStream--> source picture, motions, switch, target labels         half static (switch 0), half dynamic (switch 1)
+motion_vectors.py       -> what the attention is told of both motions; the labels' FLAME motion, or read off pictures
 Reconstructor           -> pictures, features, depth, opacity, planes
 losses.py               -> eq. 4 with exact labels; Adam; averaged weights
 every so often          -> scalars, pictures, checkpoint; at the end the averaged reconstructor in RUN/export
@@ -42,11 +43,11 @@ def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardC
         print(note)
     saved = latest_checkpoint(config.out)
     learner = build(config, open_plan(config.shards), process.device, warm=config.warm_start and saved is None)
-    around = circumstances(dataset, learner.frozen)
+    around = circumstances(dataset, learner.frozen, learner.vectors)
     images_seen = restore(config, learner, saved, around) if saved else 0
     if is_finished(config, images_seen, process):
         return 0
-    preview = preview_batch(config, dataset).to(process.device)
+    preview = learner.vectors.of_batch(preview_batch(config, dataset).to(process.device))
     stream = BatchStream(
         dataset.through(cache),
         config.batches,
@@ -55,7 +56,7 @@ def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardC
         samples_seen=images_seen,
         rank=process.rank,
         world_size=process.world_size,
-        driver_image="driver_image" in learner.model.architecture.needs,
+        driver_image="driver_image" in learner.model.architecture.needs or learner.vectors.kind == "image",
     )
     size, waited, window = config.batches.size, 0.0, (images_seen, time.perf_counter())
     with open_run("reconstructor", config, saved, images_seen, process) as run, stream as batches:

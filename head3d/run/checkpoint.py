@@ -166,16 +166,27 @@ def load_exported(folder: Path | str, config_class: type[Config], kind: str) -> 
 
     Raises AssetError if the folder is no finished export, damaged, or of another kind.
     """
-    folder = Path(folder)
+    record, remedy = _read_export(Path(folder), kind)
+    tensors = _read_tensors(Path(folder) / _MODEL, record["tensors_sha256"], remedy)
+    config = from_dict(config_class, _read_config(Path(folder) / _CONFIG, remedy), str(Path(folder) / _CONFIG))
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}, config
+
+
+def exported_config(folder: Path | str, config_class: type[Config], kind: str) -> Config:
+    """The config of an exported model, whose weights are not read. Raises AssetError as `load_exported`."""
+    _, remedy = _read_export(Path(folder), kind)
+    return from_dict(config_class, _read_config(Path(folder) / _CONFIG, remedy), str(Path(folder) / _CONFIG))
+
+
+def _read_export(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
+    """The record of an export, and what to do about an export that is damaged."""
     remedy = f"give the folder of a finished {kind} model, or export it again by calling its training command"
     if not folder.is_dir():
         raise AssetError(f"{folder}: there is no such folder; {remedy}")
     record = _read_record(folder / _RECORD, {"kind", "images_seen", "tensors_sha256"}, remedy)
     if record["kind"] != kind:
         raise AssetError(f"{folder / _RECORD}: expected a model of kind {kind!r}, got {record['kind']!r}; {remedy}")
-    tensors = _read_tensors(folder / _MODEL, record["tensors_sha256"], remedy)
-    config = from_dict(config_class, _read_config(folder / _CONFIG, remedy), str(folder / _CONFIG))
-    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}, config
+    return record, remedy
 
 
 def fill_weights(

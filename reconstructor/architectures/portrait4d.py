@@ -17,7 +17,7 @@ from reconstructor.background import BackgroundConfig, BackgroundNetwork
 from reconstructor.batches import Batch
 from reconstructor.blocks import FeatureHead, MotionBlock, PatchEmbed, PlaneDecoder, initialize, with_coordinates
 from reconstructor.encoders import DetailEncoder, GlobalEncoder, GlobalEncoderConfig
-from reconstructor.motion import IMAGE_MOTION_SIZE, MotionTokens
+from reconstructor.motion import MOTION_SIZES, MotionKind, MotionTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Portrait4DConfig:
     """Widths and depths of the reconstructor. Defaults are the published run (512 x 512 images, planes of 256 x 256)."""
 
     image_resolution: PositiveInt = 512  # of the source image, pixels; planes have half of it
-    motion_dim: PositiveInt = IMAGE_MOTION_SIZE  # length of a motion vector; 109 for FLAME motion
+    # what says how a face moves: image, 548 numbers that a frozen encoder reads off a picture; flame, the 109 of a label (the paper's
+    # ablation F, worse there)
+    motion: MotionKind = "image"
     global_encoder: GlobalEncoderConfig = GlobalEncoderConfig()  # reads the whole image at low resolution
     detail_stem_width: PositiveInt = 64  # channels of the detail encoder's first convolution
     detail_width: PositiveInt = 96  # channels of the detail features
@@ -59,6 +61,11 @@ class Portrait4DConfig:
                 f"portrait4d: image_resolution {self.image_resolution} must be a multiple of {need} "
                 "(patches of the global encoder, key reduction of the plane decoder, levels of the background U-Net)"
             )
+
+    @property
+    def motion_dim(self) -> int:
+        """Length of a motion vector."""
+        return MOTION_SIZES[self.motion]
 
     @property
     def background_channels(self) -> int:

@@ -34,7 +34,7 @@ def tiny_reconstructor(generator: GenHeadConfig) -> ReconstructorConfig:
     return ReconstructorConfig(
         architecture=Portrait4DConfig(
             image_resolution=generator.image_resolution,
-            motion_dim=109,
+            motion="flame",
             global_encoder=GlobalEncoderConfig(base_width=8, stage_blocks=(1, 1), stem_pool=False, pyramid_dilations=(2,), out_width=16),
             detail_stem_width=8,
             detail_width=8,
@@ -121,14 +121,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_genhead: Callable[[int]
     return World(folder / "generator", folder / "shards", tiny_reconstructor(genhead.config))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_perception() -> Callable[..., Perception]:
-    """`tiny_perception(folder, role)`: an untrained perception network, exported into `folder` with made-up errors."""
+    """`tiny_perception(folder, role, seed)`: an untrained perception network, exported into `folder` with made-up errors."""
 
-    def build(folder: Path, role: Role = "losses") -> Perception:
+    def build(folder: Path, role: Role = "losses", seed: int = 0) -> Perception:
         trunk = TrunkConfig(16, 8, (1, 1))
         config = PerceptionConfig(trunk=trunk, identity_size=4, hidden=4, motion_trunk=trunk, motion_directions=4, motion_hidden=4)
-        with weights_drawn_from(torch_generator("tiny perception")):
+        with weights_drawn_from(torch_generator("tiny perception", seed)):
             network = Perception(config)
         export_model(folder, network.state_dict(), PerceptionExport(role=role, network=config), PERCEPTION, 1)
         reading = {name: {"unit": unit, "network": 1.5, "mean": 2.5} for name, unit in READING_UNITS.items()}

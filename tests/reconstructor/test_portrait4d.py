@@ -19,7 +19,7 @@ REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "parity" / "reconst
 
 TINY = Portrait4DConfig(
     image_resolution=64,
-    motion_dim=109,
+    motion="flame",
     global_encoder=GlobalEncoderConfig(8, (1, 1, 1), stem_pool=False, pyramid_dilations=(1, 2, 3), out_width=16),
     detail_stem_width=8,
     detail_width=8,
