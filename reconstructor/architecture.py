@@ -19,6 +19,7 @@ from head3d.cameras import Camera
 from head3d.rendering import HeadImages
 from reconstructor.batches import Batch
 from reconstructor.motion import MotionKind
+from reconstructor.stages import StageConfig
 
 Input = Literal["source_motion", "driving_motion", "driver_image"]  # of `Batch`; the source's picture is always there
 # (planes [B, 3, C, P, P], background [B, C, b, b] in [0, 1], camera) -> pictures, the neck at rest
@@ -56,12 +57,17 @@ class ArchitectureConfig(Protocol):
     @property
     def background_channels(self) -> int: ...
 
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """Of its training, where a run does not give others."""
+
 
 class Architecture(Protocol):
     """A torch module: pictures and motions -> tri-planes in the source's shape and the driver's expression, the neck at rest."""
 
     config: ArchitectureConfig
     needs: frozenset[Input]  # what it reads beside the source's picture
+    groups: Mapping[str, tuple[str, ...]]  # name of a parameter group -> patterns of its parameters' names (see stages.py)
 
     def encode_source(self, image: Tensor, motion: Tensor | None, motion_scale: Tensor) -> SourceCode:
         """image [B, 3, H, W] in [-1, 1], motion vector [B, D], switch [B] -> all that depends on the source alone."""

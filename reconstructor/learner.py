@@ -26,6 +26,7 @@ from reconstructor.losses import check_labels
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport
 from reconstructor.motion_vectors import MotionVectors, open_motion_vectors
 from reconstructor.settings import ADVICE, FREE_IN_BATCHES, FREE_TO_CHANGE, ReconstructorRun
+from reconstructor.stages import check_groups, parameter_groups
 
 
 @dataclasses.dataclass
@@ -50,7 +51,7 @@ def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
             f"{where}: holds {len(dataset.frames)} of the {planned} frames that it was planned with, and training on it would be another "
             "run; finish it by calling its datagen command again"
         )
-    model, losses, stored = config.model, config.losses, dataset.manifest["settings"]["generator"]["model"]
+    model, losses, stored = config.model, config.losses_of_all_stages(), dataset.manifest["settings"]["generator"]["model"]
     maps = any(getattr(losses, term).weight for term in ("image", "features", "depth", "opacity"))
     for setting, own, name, needed in (
         ("architecture.image_resolution", architecture.image_resolution, "image_resolution", True),
@@ -76,7 +77,7 @@ def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
     for index in training:
         for member in dataset.frames[index].members:
             available[member] = available.get(member, 0) + 1
-    return check_labels(config.losses, available, len(training), where)
+    return check_labels(losses, available, len(training), where)
 
 
 def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool) -> Learner:
@@ -97,8 +98,11 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool
         take_from_generator(model, load_planned_generator(plan, folder, str(device)))
     averaged = copy.deepcopy(model, {id(head): head}).eval().requires_grad_(False)  # one head model for both
     ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
-    optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, config.betas, config.epsilon)
-    frozen = load_frozen_networks(config.network_files(), config.losses, model.head_model, device)
+    groups = parameter_groups(model)
+    check_groups(config.all_stages(), groups)
+    named = [{"params": parameters, "name": name} for name, parameters in groups.items()]
+    optimizer = torch.optim.Adam(named, config.learning_rate, config.betas, config.epsilon)
+    frozen = load_frozen_networks(config.network_files(), config.losses_of_all_stages(), model.head_model, device)
     return Learner(model, averaged, ema, optimizer, frozen, vectors, head_model)
 
 

@@ -23,7 +23,7 @@ def preview_batch(config: ReconstructorRun, dataset: ShardDataset) -> Batch:
     """Held-out samples to look at (training samples if the validation split cannot form any), always the same."""
     static = config.batches.static_share == 1
     settings = dataclasses.replace(config.batches, size=4, static_share=float(static), threads=0)
-    members = {"opacity", "depth"} & members_needed(config.losses, 0)
+    members = {"opacity", "depth"} & members_needed(config.losses_at(0), 0)
     held_out = [dataset.frames[index] for index in usable_frames(dataset.frames, settings, "val", members)]
     held_out = [frame for frame in held_out if (frame.kind == "static") == static]
     enough = any(frame.views > 1 for frame in held_out) if static else len({frame.identity for frame in held_out}) < len(held_out)

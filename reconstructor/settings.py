@@ -12,6 +12,7 @@ from reconstructor.batches import BatchConfig
 from reconstructor.frozen_networks import NetworkFiles
 from reconstructor.losses import LossConfig
 from reconstructor.model import ReconstructorConfig
+from reconstructor.stages import StageConfig, check_stages, largest_weights, stage_at, with_weights
 
 FREE_TO_CHANGE = (
     "out",
@@ -61,7 +62,23 @@ class ReconstructorRun:
     cache: CacheConfig = CacheConfig()  # where copies of shards behind a URL are kept
     batches: BatchConfig = BatchConfig()  # what a batch holds and how it is read
     losses: LossConfig = LossConfig()  # weights and ranges of the loss terms
+    stages: tuple[StageConfig, ...] = ()  # one after the other; none = the architecture's own (Portrait4D: everything trains, to the end)
     model: ReconstructorConfig = ReconstructorConfig()  # the network
 
     def network_files(self) -> NetworkFiles:
         return NetworkFiles(self.perception, self.lpips, self.arcface)
+
+    def __post_init__(self) -> None:
+        check_stages(self.stages, self.losses)
+
+    def all_stages(self) -> tuple[StageConfig, ...]:
+        """The run's, or where it gives none the architecture's."""
+        return self.stages or self.model.architecture.stages
+
+    def losses_at(self, images_seen: int) -> LossConfig:
+        """The losses of the step that starts at `images_seen`, by its stage."""
+        return with_weights(self.losses, stage_at(self.all_stages(), images_seen).losses)
+
+    def losses_of_all_stages(self) -> LossConfig:
+        """Each term with its largest weight in any stage: what labels and networks the run needs."""
+        return largest_weights(self.losses, self.all_stages())

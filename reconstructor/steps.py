@@ -16,12 +16,14 @@ from reconstructor.frozen_networks import frozen_network_losses
 from reconstructor.learner import Learner
 from reconstructor.losses import reconstruction_losses, smoothness_loss
 from reconstructor.settings import ReconstructorRun
+from reconstructor.stages import enter, stage_at
 
 
 def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, process: distributed.Process) -> dict[str, float]:
     """One update from this process's part of a batch; none if the loss is not finite. Returns means over all processes for the log."""
     totals: dict[str, float] = {}
     batch = learner.vectors.of_batch(batch)
+    enter(stage_at(config.all_stages(), images_seen), learner.optimizer, config.learning_rate)
     learner.optimizer.zero_grad(set_to_none=True)
     for start in range(0, len(batch), config.micro_batch):
         part = batch.select(slice(start, start + config.micro_batch))
@@ -41,8 +43,8 @@ def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: 
 
 
 def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, draws: torch.Generator) -> dict[str, Tensor]:
-    """Forward pass and weighted loss terms; density smoothness joins every `losses.smoothness.every` steps."""
-    model, target = learner.model, unpack_label(batch.label)
+    """Forward pass and weighted loss terms; density smoothness joins every `smoothness.every` steps."""
+    model, target, losses = learner.model, unpack_label(batch.label), config.losses_at(images_seen)
     images, planes, source, driver = model(
         batch.source_image,
         batch.source_motion,
@@ -54,10 +56,10 @@ def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_
         generator=draws,
     )
     posed = model.pose(target.shape, target.motion)
-    terms = reconstruction_losses(config.losses, images, batch, lambda points: model.point_features(planes, points, posed), images_seen)
-    terms |= frozen_network_losses(config.losses, learner.frozen, images, batch, images_seen)
+    terms = reconstruction_losses(losses, images, batch, lambda points: model.point_features(planes, points, posed), images_seen)
+    terms |= frozen_network_losses(losses, learner.frozen, images, batch, images_seen)
     terms |= model.architecture.extra_losses(source, driver, planes, batch, model.render_at_rest)
-    smoothness = config.losses.smoothness
+    smoothness = losses.smoothness
     if smoothness.weight > 0 and (images_seen // config.batches.size) % smoothness.every == 0:
         side, device = config.model.sampling.box_side, planes.device
         terms["smoothness"] = smoothness_loss(smoothness, lambda points: model.field(planes, points)[1], len(batch), side, draws, device)

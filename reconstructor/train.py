@@ -37,7 +37,7 @@ def train(config: ReconstructorRun) -> int:
 
 def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardCache | None) -> int:
     dataset = open_dataset(config.shards)
-    notes = check_networks(config.network_files(), config.losses, config.missing_networks)
+    notes = check_networks(config.network_files(), config.losses_of_all_stages(), config.missing_networks)
     notes += [f"{config.shards}: {note}" for note in check_data(config, dataset)]
     for note in notes if process.is_main else ():
         print(note)
@@ -52,7 +52,7 @@ def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardC
         dataset.through(cache),
         config.batches,
         config.seed,
-        lambda seen: members_needed(config.losses, seen),
+        lambda seen: members_needed(config.losses_at(seen), seen),
         samples_seen=images_seen,
         rank=process.rank,
         world_size=process.world_size,

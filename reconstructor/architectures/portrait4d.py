@@ -4,6 +4,7 @@ The planes hold the source's identity with the driver's expression and a straigh
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from reconstructor.batches import Batch
 from reconstructor.blocks import FeatureHead, MotionBlock, PatchEmbed, PlaneDecoder, initialize, with_coordinates
 from reconstructor.encoders import DetailEncoder, GlobalEncoder, GlobalEncoderConfig
 from reconstructor.motion import MOTION_SIZES, MotionKind, MotionTokens
+from reconstructor.stages import StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Portrait4DConfig:
         return self.background.channels
 
     @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """One, as published: everything trains."""
+        return (StageConfig(),)
+
+    @property
     def plane_resolution(self) -> int:
         """Side of a plane, in pixels."""
         return self.image_resolution // 2
@@ -105,6 +112,10 @@ class Portrait4D(nn.Module):
     """
 
     needs: frozenset[Input] = frozenset({"source_motion", "driving_motion"})
+    groups: Mapping[str, tuple[str, ...]] = {
+        "cross_attention": ("source_motion.*", "driving_motion.*", "*.cross_norm.*", "*.cross_attention.*"),
+        "background": ("background.*",),
+    }
 
     def __init__(self, config: Portrait4DConfig, generator: torch.Generator | None = None):
         """`generator` draws the initial weights (None: torch's global generator)."""

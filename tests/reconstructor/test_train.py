@@ -38,6 +38,7 @@ from reconstructor.model import load_reconstructor
 from reconstructor.motion_vectors import MotionVectors
 from reconstructor.preview import preview_batch, preview_picture
 from reconstructor.settings import ReconstructorRun
+from reconstructor.stages import StageConfig
 from reconstructor.steps import loss_terms
 from reconstructor.train import train
 
@@ -265,10 +266,14 @@ def test_defaults_are_the_published_run():
 
 
 def test_two_processes_train_together_and_one_goes_on(world, tmp_path, two_processes):
-    config = world.run(tmp_path / "run", total_images=8)
+    stages = (StageConfig("first", images=4, freeze=("decoder",)), StageConfig("second"))
+    config = world.run(tmp_path / "run", total_images=8, stages=stages)
     save_yaml(config, tmp_path / "run.yaml")
     two_processes(["-m", "pipelines", "reconstructor", "--config", str(tmp_path / "run.yaml")])
     assert [line["images_seen"] for line in read_metrics(config.out)] == [4, 8]
+    saved = latest_checkpoint(config.out)
+    steps = {g["name"]: float(saved.tensors[f"optimizer.{g['params'][0]}.step"]) for g in saved.state["optimizer"]["groups"]}
+    assert steps["decoder"] == 1 and steps["architecture"] == 2  # the decoder was frozen in the first of two steps, in both processes
     assert train(dataclasses.replace(config, total_images=12)) == 0
     assert latest_checkpoint(config.out).images_seen == 12
 
