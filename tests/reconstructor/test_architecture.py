@@ -1,5 +1,6 @@
 """A second architecture goes through the shared model, trainer and avatar by the protocol alone."""
 
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -8,11 +9,23 @@ from torch import Tensor, nn
 
 from head3d.cameras import frontal
 from head3d.labels import Motion, unpack_label
+from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.runlog import read_metrics
 from reconstructor import model as modelling
+from reconstructor.architectures.portrait4d import Portrait4DConfig
 from reconstructor.avatar import Avatar
 from reconstructor.model import load_reconstructor
+from reconstructor.stages import StageConfig
 from reconstructor.train import train
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig(Portrait4DConfig):
+    """Settings of `ToyLift`: those of the other, with stages of its own."""
+
+    @property
+    def stages(self):
+        return (StageConfig("lift", images=4, freeze=("tint",)), StageConfig("drive", freeze=("superresolution",)))
 
 
 class LiftCode(NamedTuple):
@@ -24,6 +37,7 @@ class ToyLift(nn.Module):
     """Lifts the source by one convolution; the driver's picture, lifted and drawn from the front by the same network, tints it."""
 
     needs = frozenset({"driver_image"})
+    groups = {"tint": ("tint.*",)}  # noqa: RUF012
 
     def __init__(self, config):
         super().__init__()
@@ -52,12 +66,17 @@ class ToyLift(nn.Module):
 @pytest.fixture
 def toy(world, monkeypatch, tmp_path):
     monkeypatch.setattr(modelling, "Portrait4D", ToyLift)
-    return world.run(tmp_path / "run", total_images=8)
+    settings = world.model.architecture
+    config = ToyConfig(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})
+    return world.run(tmp_path / "run", total_images=8, model=dataclasses.replace(world.model, architecture=config))
 
 
 def test_a_toy_architecture_trains_and_is_exported_through_the_one_trainer(toy):
     assert train(toy) == 0
     assert all(line["loss/tint"] > 0 for line in read_metrics(toy.out))
+    saved = latest_checkpoint(toy.out)
+    steps = {g["name"]: float(saved.tensors[f"optimizer.{g['params'][0]}.step"]) for g in saved.state["optimizer"]["groups"]}
+    assert steps == {"tint": 1, "architecture": 2, "decoder": 2, "superresolution": 1}  # by its own stages
     model = load_reconstructor(toy.out / "export")
     assert isinstance(model.architecture, ToyLift)
     first, second = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
