@@ -20,6 +20,7 @@ from head3d.pictures import colorize, grid, save_png
 from head3d.run.errors import DataError
 from head3d.run.files import write_atomic
 from head3d.run.runlog import read_metrics
+from reconstructor.perception_errors import own_errors
 
 WIDE_ENOUGH_PX = 600  # smaller pictures are shown enlarged up to this
 
@@ -142,7 +143,20 @@ def evaluation_section(folder: Path) -> str:
         for sheet in sorted((folder / "evaluation").glob("*.png"))
     )
     note = "Against the generator's true rendering: mean and 95 % interval over people. PSNR in dB, depth error in scene units."
-    return section("Evaluation on people held out", note, table(("task", "row", *metrics), lines) + sheets)
+    content = table(("task", "row", *metrics), lines) + sheets + _judge(result.get("perception_errors"))
+    return section("Evaluation on people held out", note, content)
+
+
+def _judge(errors: dict | None) -> str:
+    """How far the network is to be trusted that read identity, expression and pose off the pictures; and what a motion vector tells."""
+    if errors is None:
+        return ""
+    note = (
+        f"The perception network read what needs a network off the pictures. Its own error, on {errors['pictures']} pictures of "
+        f"{errors['identities']} people of its own whom it had not seen, beside that of who does not look at the picture:"
+    )
+    lines = [(row.name, f"{row.network:.3f}", f"{row.blind:.3f} ({row.blind_is})", row.meaning) for row in own_errors(errors)]
+    return f"<p>{html.escape(note)}</p>" + table(("measure", "network", "without looking", "what it is"), lines)
 
 
 def drive_section(folder: Path) -> str:

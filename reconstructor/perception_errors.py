@@ -7,7 +7,7 @@ who does not look at the picture: the mean of the training labels, or chance.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ PICTURE_UNITS = {
 } | {name: f"{unit}; read off the picture, against the true label, lower is better" for name, unit in READING_UNITS.items()}
 _BATCH = 64
 _MOST_FRAMES = 2000  # held-out frames measured, all views of each
+PROBES = {"nearest": "nearest-neighbour classifier", "linear": "linear classifier"}
 _RIDGE = 1.0  # of the linear probe, on standardised numbers
 
 
@@ -213,22 +214,35 @@ def linear_probe(fitted: Tensor, people: Tensor, tested: Tensor, truth: Tensor) 
     return float((numbers[(checked @ weights).argmax(1)] == truth).double().mean())
 
 
+class OwnError(NamedTuple):
+    """One measure of the network, for a table."""
+
+    name: str
+    network: float
+    blind: float  # of who does not look: the mean of the training labels, or chance
+    blind_is: str  # which of the two
+    meaning: str
+
+
+def own_errors(errors: dict[str, Any]) -> list[OwnError]:
+    """What `held_out_errors` found, line by line; what could not be measured is left out."""
+    rows = [OwnError(name, one["network"], one["mean"], "mean", one["unit"]) for name, one in errors["reading"].items()]
+    identity, motion = errors["identity"], errors["motion"]
+    if identity["separation"] is not None:
+        meaning = "probability that one person's pictures are more alike than two people's "
+        meaning += f"(cosine {identity['same']:.3f}, {identity['different']:.3f})"
+        rows.append(OwnError("identity", identity["separation"], 0.5, "chance", meaning))
+    meaning = "share of other motions' pictures that lie nearer to a motion's vector than one that shows it"
+    rows.append(OwnError("motion rank", motion["rank"], 0.5, "chance", meaning))
+    for probe in ("nearest", "linear") if motion["chance"] is not None else ():
+        told, known = (motion[f"told_by_{name}_{probe}"] for name in ("motion_vector", "identity_embedding"))
+        meaning = f"share of pictures whose person, of {motion['people']}, a {PROBES[probe]} tells by the motion vector; "
+        rows.append(OwnError("person told", told, motion["chance"], "chance", f"{meaning}by the identity embedding {known:.4f}"))
+    return rows
+
+
 def errors_table(errors: dict[str, Any]) -> str:
     """The errors as text."""
     lines = [f"own error on {errors['pictures']} pictures of {errors['identities']} people held out; mean: the mean of the training labels"]
-    lines += [f"  {name:13} {one['network']:9.4f}   mean {one['mean']:9.4f}   {one['unit']}" for name, one in errors["reading"].items()]
-    identity, motion = errors["identity"], errors["motion"]
-    if identity["separation"] is not None:
-        lines.append(
-            f"  identity      {identity['separation']:9.4f}   chance   0.5000   probability that one person's pictures are more alike than "
-            f"two people's (cosine {identity['same']:.3f}, {identity['different']:.3f})"
-        )
-    lines.append(f"  motion rank   {motion['rank']:9.4f}   chance   0.5000   share of other motions' pictures that lie nearer to a motion")
-    if motion["chance"] is not None:
-        for probe in ("nearest", "linear"):
-            told = [motion[f"told_by_{name}_{probe}"] for name in ("motion_vector", "identity_embedding")]
-            lines.append(
-                f"  person told   {told[0]:9.4f}   chance {motion['chance']:8.4f}   by {probe} motion vector, of {motion['people']}; "
-                f"by identity embedding {told[1]:.4f}"
-            )
+    lines += [f"  {row.name:13} {row.network:9.4f}   {row.blind_is:6} {row.blind:9.4f}   {row.meaning}" for row in own_errors(errors)]
     return "\n".join(lines)

@@ -61,7 +61,18 @@ from reconstructor.perception_data import (
 from reconstructor.perception_errors import errors_table, held_out_errors, held_out_pictures
 from reconstructor.perception_losses import PerceptionWeights, Scaffold, loss_terms
 
-FREE_TO_CHANGE = ("out", "shards", "head_model", "total_images", "log_every", "pictures_every", "checkpoint_every", "keep", "threads")
+FREE_TO_CHANGE = (
+    "out",
+    "shards",
+    "head_model",
+    "total_images",
+    "log_every",
+    "pictures_every",
+    "checkpoint_every",
+    "keep",
+    "export_half",
+    "threads",
+)
 ADVICE = "Lower learning_rate and start again from there in another --out, or look for damaged labels with the verify command"
 _CALIBRATION_FRAMES = 500  # training frames whose labels give means and deviations
 
@@ -84,6 +95,7 @@ class PerceptionRun:
     pictures_every: PositiveInt = 500_000  # images between pictures of what the network is shown
     checkpoint_every: PositiveInt = 200_000  # images between checkpoints
     keep: PositiveInt = 3  # newest checkpoints kept
+    export_half: bool = False  # store exported weights as float16
     threads: NonNegativeInt = 0  # CPU threads of torch; 0 leaves its default
     batches: PictureBatchConfig = PictureBatchConfig()  # what a batch holds
     augment: AugmentConfig = AugmentConfig()  # how its pictures are changed
@@ -253,7 +265,7 @@ def export(config: PerceptionRun, learner: Learner, dataset: ShardDataset, image
     folder = config.out / "export"
     write_atomic(folder / ERRORS_FILE, json.dumps(errors, indent=1) + "\n")
     settings = PerceptionExport(config.role, config.seed, dataset.manifest["config_hash"], config.network)
-    return export_model(folder, learner.averaged.state_dict(), settings, EXPORT_KIND, images_seen)
+    return export_model(folder, learner.averaged.state_dict(), settings, EXPORT_KIND, images_seen, half=config.export_half)
 
 
 def _seed(config: PerceptionRun) -> int:

@@ -88,9 +88,33 @@ def test_curves_numbers_and_the_video_are_taken_from_the_stages_folders(tmp_path
     (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"rows": [row]}))
     (tmp_path / "drive" / "drive.mp4").write_bytes(b"")
     text = page(tmp_path)
+    assert "own error" not in text  # no network has read these pictures
     assert "20 images seen." in text and ">loss/total<" in text and ">loss/depth<" not in text
     assert "<td>novel view</td><td>ours</td><td>21.235 [20.000, 22.000]</td>" in text
     assert 'src="drive/drive.mp4"' in text
+
+
+def test_what_a_network_read_stands_beside_how_wrong_it_is_and_who_can_be_told_by_a_motion_vector(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    told = {
+        f"told_by_{name}_{probe}": value
+        for probe in ("nearest", "linear")
+        for name, value in (("motion_vector", 0.17), ("identity_embedding", 0.93))
+    }
+    errors = {
+        "identities": 20,
+        "pictures": 400,
+        "reading": {"jaw_deg": {"unit": "degrees between jaw rotations", "network": 2.1234, "mean": 3.2}},
+        "identity": {"same": 0.7, "different": 0.1, "separation": 0.97},
+        "motion": {"rank": 0.35, "people": 20, "chance": 0.05} | told,
+    }
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"rows": [], "perception_errors": errors}))
+    text = page(tmp_path)
+    assert "on 400 pictures of 20 people" in text
+    assert "<td>jaw_deg</td><td>2.123</td><td>3.200 (mean)</td><td>degrees between jaw rotations</td>" in text
+    assert "<td>identity</td><td>0.970</td><td>0.500 (chance)</td>" in text
+    assert text.count("<td>person told</td><td>0.170</td><td>0.050 (chance)</td>") == 2
+    assert "of 20, a linear classifier tells by the motion vector; by the identity embedding 0.9300" in text
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
