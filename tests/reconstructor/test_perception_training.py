@@ -175,7 +175,7 @@ def test_a_set_without_held_out_people_or_opacity_is_refused_at_the_start(run, m
 
 
 def test_errors_are_written_before_the_export_is_finished(run, monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **settings):
         raise RuntimeError("the disk is gone")
 
     monkeypatch.setattr(training, "export_model", broken)
