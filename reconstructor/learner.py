@@ -159,7 +159,8 @@ def _settings(values: dict) -> dict:
 
 
 def export(config: ReconstructorRun, learner: Learner, images_seen: int) -> Path:
-    """Write the averaged reconstructor for use: RUN/export."""
+    """Write the averaged reconstructor for use, at the rays that it has come to: RUN/export."""
     vectors = learner.vectors
-    settings = ReconstructorExport(learner.head_model, str(vectors.folder) if vectors.folder else "", vectors.weights_hash, config.model)
+    model = dataclasses.replace(config.model, render_resolution=config.rays_at(images_seen))
+    settings = ReconstructorExport(learner.head_model, str(vectors.folder) if vectors.folder else "", vectors.weights_hash, model)
     return export_model(config.out / "export", learner.averaged.weights(), settings, EXPORT_KIND, images_seen)

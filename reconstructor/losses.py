@@ -113,6 +113,13 @@ def _l1(value: Tensor, target: Tensor) -> Tensor:
     return (value - target).abs().mean()
 
 
+def labels_at(batch: Batch, resolution: int) -> Batch:
+    """The batch with its label maps resized to R x R rays (bilinear), as published for opacity and background once R has grown."""
+    maps = {name: getattr(batch, name) for name in ("opacity", "depth", "foreground", "background", "background_features")}
+    resized = {name: resize_antialias(values, resolution) for name, values in maps.items() if values is not None}
+    return dataclasses.replace(batch, **resized)
+
+
 def picture_pairs(rendered: HeadImages, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
     """The four pictures that eq. 4 compares, rendered and true, in [-1, 1]: final [B, 3, S, S]; raw, foreground, background [B, 3, R, R].
 

@@ -33,17 +33,27 @@ def preview_batch(config: ReconstructorRun, dataset: ShardDataset) -> Batch:
 
 
 @torch.no_grad()
-def preview_picture(model: Reconstructor, batch: Batch) -> np.ndarray:
-    """One row a sample: source, driver, output, truth, depth, true depth (if stored), novel view. uint8 [H, W, 3]."""
+def preview_picture(model: Reconstructor, batch: Batch, resolution: int | None = None) -> np.ndarray:
+    """One row a sample: source, driver, output, truth, depth, true depth (if stored), novel view. uint8 [H, W, 3].
+
+    resolution: rays per side; None = the model's.
+    """
     target, count = unpack_label(batch.label), len(batch)
     driver = Driver(batch.driving_motion, batch.driver_image)
     images, planes, source, _ = model(
-        batch.source_image, batch.source_motion, driver, batch.motion_scale, target.shape, target.motion, target.camera
+        batch.source_image,
+        batch.source_motion,
+        driver,
+        batch.motion_scale,
+        target.shape,
+        target.motion,
+        target.camera,
+        resolution=resolution,
     )
     device, side = batch.image.device, images.image.shape[-1]
     yaw = torch.full((count,), 0.6, device=device)
     camera = orbit(yaw, torch.zeros_like(yaw), torch.full_like(yaw, 4.17))
-    novel = model.render(planes, source.background, model.pose(target.shape, target.motion), camera).image
+    novel = model.render(planes, source.background, model.pose(target.shape, target.motion), camera, resolution=resolution).image
     columns = [to_uint8(picture) for picture in (batch.source_image, batch.driver_image, images.image, batch.image)]
     for depth in (images.depth, batch.depth):
         if depth is not None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from datagen.cache import CacheConfig
 from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from head3d.run.errors import ConfigError
 from reconstructor.batches import BatchConfig
 from reconstructor.frozen_networks import NetworkFiles
 from reconstructor.losses import LossConfig
@@ -31,6 +32,18 @@ FREE_TO_CHANGE = (
 )  # on resume
 FREE_IN_BATCHES = ("threads", "prefetch")
 ADVICE = "Lower learning_rate and start again from there in another --out, or look for damaged labels with the verify command"
+
+
+GROWTH_STEP = 8  # rays; a picture's side grows by this many at once
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthConfig:
+    """Rays a picture side over a run: model.render_resolution at first, then linearly more (portrait4d, section 6.8)."""
+
+    resolution: PositiveInt | None = 128  # rays a side at the end; None = model.render_resolution throughout
+    since: NonNegativeInt = 1_000_000  # images seen from which they grow
+    images: PositiveInt = 1_000_000  # that it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +76,7 @@ class ReconstructorRun:
     batches: BatchConfig = BatchConfig()  # what a batch holds and how it is read
     losses: LossConfig = LossConfig()  # weights and ranges of the loss terms
     stages: tuple[StageConfig, ...] = ()  # one after the other; none = the architecture's own (Portrait4D: everything trains, to the end)
+    growth: GrowthConfig = GrowthConfig()  # of the rays
     model: ReconstructorConfig = ReconstructorConfig()  # the network
 
     def network_files(self) -> NetworkFiles:
@@ -70,6 +84,18 @@ class ReconstructorRun:
 
     def __post_init__(self) -> None:
         check_stages(self.stages, self.losses)
+        start, end = self.model.render_resolution, self.growth.resolution
+        if end is not None and end < start:
+            raise ConfigError(
+                f"growth.resolution is {end} rays, fewer than the {start} of model.render_resolution, where it starts; "
+                "raise it, or null for no growth"
+            )
+
+    def rays_at(self, images_seen: int) -> int:
+        """Rays a picture side in the step that starts at `images_seen`."""
+        start, end = self.model.render_resolution, self.growth.resolution or self.model.render_resolution
+        share = min(max((images_seen - self.growth.since) / self.growth.images, 0.0), 1.0)
+        return end if share == 1 else start + int((end - start) * share) // GROWTH_STEP * GROWTH_STEP
 
     def all_stages(self) -> tuple[StageConfig, ...]:
         """The run's, or where it gives none the architecture's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 from torch import Tensor
@@ -14,14 +15,46 @@ from reconstructor.architecture import Driver
 from reconstructor.batches import Batch
 from reconstructor.frozen_networks import frozen_network_losses
 from reconstructor.learner import Learner
-from reconstructor.losses import reconstruction_losses, smoothness_loss
+from reconstructor.losses import labels_at, reconstruction_losses, smoothness_loss
 from reconstructor.settings import ReconstructorRun
 from reconstructor.stages import enter, stage_at
 
 
-def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, process: distributed.Process) -> dict[str, float]:
+class Stopwatch:
+    """Seconds by part of a step. On a GPU it waits for the work of each part, which otherwise runs behind the program."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._last, self._seconds = device, time.perf_counter(), {}
+
+    def start(self) -> None:
+        """What has passed since the last lap belongs to no part."""
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last lap belongs to `name`."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        """Seconds by name, and begin anew."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
+def step(
+    config: ReconstructorRun,
+    learner: Learner,
+    batch: Batch,
+    images_seen: int,
+    process: distributed.Process,
+    watch: Stopwatch | None = None,  # takes the laps forward, backward and update
+) -> dict[str, float]:
     """One update from this process's part of a batch; none if the loss is not finite. Returns means over all processes for the log."""
     totals: dict[str, float] = {}
+    watch = watch or Stopwatch(process.device)
     batch = learner.vectors.of_batch(batch)
     enter(stage_at(config.all_stages(), images_seen), learner.optimizer, config.learning_rate)
     learner.optimizer.zero_grad(set_to_none=True)
@@ -31,7 +64,9 @@ def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: 
         draws = torch_generator(config.seed, "rays", process.rank, images_seen, start)
         terms = loss_terms(config, learner, part, images_seen, draws)
         terms["total"] = sum(terms.values())
+        watch.lap("forward")
         (terms["total"] * share).backward()
+        watch.lap("backward")
         for name, value in terms.items():
             totals[f"loss/{name}"] = totals.get(f"loss/{name}", 0.0) + value.item() * share
     totals = distributed.mean_scalars(totals, process.device)
@@ -39,12 +74,14 @@ def step(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: 
     if math.isfinite(totals["loss/total"]):
         learner.optimizer.step()
         learner.ema.update(learner.model, images_seen + config.batches.size, config.batches.size)
+    watch.lap("update")
     return totals
 
 
 def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, draws: torch.Generator) -> dict[str, Tensor]:
     """Forward pass and weighted loss terms; density smoothness joins every `smoothness.every` steps."""
-    model, target, losses = learner.model, unpack_label(batch.label), config.losses_at(images_seen)
+    model, target = learner.model, unpack_label(batch.label)
+    losses, rays = config.losses_at(images_seen), config.rays_at(images_seen)
     images, planes, source, driver = model(
         batch.source_image,
         batch.source_motion,
@@ -54,7 +91,9 @@ def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_
         target.motion,
         target.camera,
         generator=draws,
+        resolution=rays,
     )
+    batch = labels_at(batch, rays)
     posed = model.pose(target.shape, target.motion)
     terms = reconstruction_losses(losses, images, batch, lambda points: model.point_features(planes, points, posed), images_seen)
     terms |= frozen_network_losses(losses, learner.frozen, images, batch, images_seen)

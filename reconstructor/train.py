@@ -23,7 +23,7 @@ from reconstructor.learner import build, check_data, circumstances, export, rest
 from reconstructor.losses import members_needed
 from reconstructor.preview import preview_batch, preview_picture
 from reconstructor.settings import ADVICE, ReconstructorRun
-from reconstructor.steps import step
+from reconstructor.steps import Stopwatch, step
 
 
 def train(config: ReconstructorRun) -> int:
@@ -58,13 +58,13 @@ def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardC
         world_size=process.world_size,
         driver_image="driver_image" in learner.model.architecture.needs or learner.vectors.kind == "image",
     )
-    size, waited, window = config.batches.size, 0.0, (images_seen, time.perf_counter())
+    size, watch, window = config.batches.size, Stopwatch(process.device), (images_seen, time.perf_counter())
     with open_run("reconstructor", config, saved, images_seen, process) as run, stream as batches:
         while images_seen < config.total_images:
-            asked = time.perf_counter()
+            watch.start()
             batch = next(batches).to(process.device)
-            waited += time.perf_counter() - asked
-            scalars = step(config, learner, batch, images_seen, process)
+            watch.lap("data_wait")
+            scalars = step(config, learner, batch, images_seen, process, watch)
             images_seen += size
             run.bar.update(size)
             check_finite(scalars, images_seen, config.out, ADVICE)
@@ -73,12 +73,13 @@ def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardC
             finished = images_seen >= config.total_images
             if finished or crossed(images_seen, size, config.log_every):
                 means, seconds = run.means.take(), time.perf_counter() - window[1]
-                speed = {"speed/images_per_s": (images_seen - window[0]) / seconds, "speed/data_wait_share": waited / seconds}
-                run.log.scalars(images_seen, means | speed)
-                run.bar.set_postfix(loss=f"{means['loss/total']:.3f}", wait=f"{waited / seconds:.1%}")
-                waited, window = 0.0, (images_seen, time.perf_counter())
+                shares = {name: spent / seconds for name, spent in watch.take().items()}
+                speed = {f"speed/{name}_share": share for name, share in shares.items()}
+                run.log.scalars(images_seen, means | speed | {"speed/images_per_s": (images_seen - window[0]) / seconds})
+                run.bar.set_postfix(loss=f"{means['loss/total']:.3f}", **{name: f"{share:.0%}" for name, share in shares.items()})
+                window = (images_seen, time.perf_counter())
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
-                run.log.image(images_seen, "preview", preview_picture(learner.averaged, preview))
+                run.log.image(images_seen, "preview", preview_picture(learner.averaged, preview, config.rays_at(images_seen)))
             if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
                 save(config, learner, images_seen, {"circumstances": around} | run.state())
             if stopping:

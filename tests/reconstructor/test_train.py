@@ -33,11 +33,11 @@ from reconstructor.architecture import Driver
 from reconstructor.batches import BatchConfig, BatchStream
 from reconstructor.frozen_networks import FrozenNetworks
 from reconstructor.learner import build, check_data, circumstances
-from reconstructor.losses import LossConfig, TermConfig, members_needed
+from reconstructor.losses import LossConfig, TermConfig, labels_at, members_needed
 from reconstructor.model import load_reconstructor
 from reconstructor.motion_vectors import MotionVectors
 from reconstructor.preview import preview_batch, preview_picture
-from reconstructor.settings import ReconstructorRun
+from reconstructor.settings import GrowthConfig, ReconstructorRun
 from reconstructor.stages import StageConfig
 from reconstructor.steps import loss_terms
 from reconstructor.train import train
@@ -131,7 +131,9 @@ def test_a_run_learns_logs_and_exports(world, tmp_path):
     assert [line["images_seen"] for line in lines] == list(range(4, 52, 4))
     assert lines[-1]["loss/total"] < lines[0]["loss/total"]
     wanted = ("image_final", "image_raw", "image_foreground", "image_background", "features", "points", "depth", "opacity", "total")
-    assert {f"loss/{name}" for name in wanted} | {"speed/images_per_s", "speed/data_wait_share"} <= lines[0].keys()
+    assert {f"loss/{name}" for name in wanted} | {"speed/images_per_s"} <= lines[0].keys()
+    shares = [lines[0][f"speed/{part}_share"] for part in ("data_wait", "forward", "backward", "update")]
+    assert all(share > 0 for share in shares) and sum(shares) <= 1
     assert "loss/smoothness" in lines[0] and "loss/smoothness" not in lines[1]  # every second step
     assert sorted(path.name for path in (config.out / "pictures").iterdir()) == [f"{seen:09d}_preview.png" for seen in (16, 32, 48)]
     exported = load_reconstructor(config.out / "export")
@@ -309,6 +311,39 @@ def test_excluded_frames_are_not_trained_on_and_make_another_run(world, tmp_path
     assert circumstances(less, NO_NETWORKS, FLAME) != circumstances(whole, NO_NETWORKS, FLAME)
     exclude(shards, Exclusion(frames=frozenset([next(f.key for f in whole.frames if f.key != frame.key)])))  # as many, not the same
     assert circumstances(open_dataset(shards), NO_NETWORKS, FLAME) != circumstances(less, NO_NETWORKS, FLAME)
+
+
+def test_rays_grow_from_a_million_images_to_two_by_eights():
+    rays = ReconstructorRun().rays_at
+    assert [rays(images) for images in (0, 1_000_000, 1_124_999, 1_125_000, 1_500_000, 1_999_999, 2_000_000, 10**8)] == [
+        64, 64, 64, 72, 96, 120, 128, 128,
+    ]  # fmt: skip
+    assert ReconstructorRun(growth=GrowthConfig(resolution=None)).rays_at(10**8) == 64
+    with pytest.raises(ConfigError, match="growth.resolution is 32 rays, fewer than the 64 of model.render_resolution"):
+        ReconstructorRun(growth=GrowthConfig(resolution=32))
+
+
+def test_labels_are_enlarged_to_the_rays(world, tmp_path):
+    batch = first_batch(world.run(tmp_path))
+    enlarged = labels_at(batch, 32)
+    assert enlarged.opacity.shape[-1] == enlarged.background_features.shape[-1] == enlarged.depth.shape[-1] == 32
+    assert torch.equal(enlarged.image, batch.image) and torch.equal(enlarged.points, batch.points)
+    left, right = batch.opacity[..., 0, 4], batch.opacity[..., 0, 5]  # pixel centres of 32 lie at quarters between those of 16
+    assert torch.allclose(enlarged.opacity[..., 0, 9], 0.75 * left + 0.25 * right)
+    assert torch.allclose(enlarged.opacity[..., 0, 10], 0.25 * left + 0.75 * right)
+    same = labels_at(batch, 16)
+    assert torch.equal(same.depth, batch.depth)
+
+
+def test_a_run_whose_rays_grow_resumes_exactly_and_exports_what_it_came_to(world, tmp_path):
+    whole = world.run(tmp_path / "whole", total_images=12, growth=GrowthConfig(resolution=32, since=4, images=8))
+    parts = dataclasses.replace(whole, out=tmp_path / "parts")
+    train(whole)
+    train(dataclasses.replace(parts, total_images=8))
+    train(parts)
+    assert [whole.rays_at(images) for images in (0, 4, 8, 12)] == [16, 16, 24, 32]
+    assert equal_tensors(latest_checkpoint(whole.out).tensors, latest_checkpoint(parts.out).tensors) == []
+    assert load_reconstructor(whole.out / "export").config.render_resolution == 32
 
 
 # Sets of which not every frame has every label --------------------------------------------------------------------------------
