@@ -4,7 +4,9 @@ Written after the papers and the published names of the tensors; no weights come
 values. Files are .safetensors, or .pt and .pth read with torch's `weights_only`: nothing in them runs. They are other rulers than
 `perception.Perception` and keep their own names in every table.
 
-PD-FGC, the published motion encoder, is not here: the names of its tensors are not known to this project.
+PD-FGC, the published motion encoder, is not here: what is known of it (portrait4d, section 6.2) leaves the inside of its trunk and the
+names of its tensors open, so a file of it could be neither read nor checked. Vectors that it computed elsewhere go in as `vector` of
+`Avatar.from_image` and `Avatar.drive`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How long the reconstructor takes, by stage and by what a user waits for, with random weights (they do not change the time).
 
 once a source    global and detail encoder, background, de-expression
-once a motion    re-enactment, plane decoder, tables of a turned neck
+once a motion    re-enactment, plane decoder, tables of a turned neck; our motion encoder at its default width, where a picture drives
 once a view      rays, the neck's part of them, super-resolution
 """
 
@@ -24,6 +24,7 @@ from reconstructor.architecture import Driver
 from reconstructor.avatar import Avatar
 from reconstructor.blocks import with_coordinates
 from reconstructor.model import Reconstructor, ReconstructorConfig
+from reconstructor.perception import Perception, PerceptionConfig
 
 NECK_RAD = 0.3  # of the motion that is timed; an unturned neck skips its stage
 
@@ -54,6 +55,8 @@ def measure_reconstructor(
     rest, camera = Motion.neutral(1), frontal()
     turned = rest._replace(neck_pose=torch.tensor([[0.0, NECK_RAD, 0.0]]))
     avatar = Avatar.from_image(model, image, vector=vector)
+    with weights_drawn_from(draws):
+        perception = Perception(PerceptionConfig()).eval().requires_grad_(False)
 
     placed, features = with_coordinates(image), network.encode_image(image)
     tokens = network.deexpress(features, vector, always)
@@ -72,6 +75,7 @@ def measure_reconstructor(
         ("re-enactment", "motion"): lambda: network.reenact_tokens(tokens, network.driving_motion(vector), always),
         ("plane decoder", "motion"): lambda: network.decode_planes(driven, features.detail),
         ("neck tables", "motion"): lambda: model.pose(shape, turned),
+        ("motion encoder", "motion"): lambda: perception.motion(image),
         ("super-resolution", "view"): lambda: model.superresolution(picture.raw, picture.features),
         ("driven frame, source cached", "whole"): lambda: avatar.drive(rest, camera, vector=vector),
         ("driven frame, neck turned", "whole"): lambda: avatar.drive(turned, camera, vector=vector),

@@ -14,7 +14,7 @@ def test_every_stage_and_what_a_user_waits_for_are_timed(world):
     often = {kind: [row.stage for row in rows.values() if row.often == kind] for kind in ("source", "motion", "view")}
     assert often == {
         "source": ["global encoder", "detail encoder", "background", "de-expression"],
-        "motion": ["re-enactment", "plane decoder", "neck tables"],
+        "motion": ["re-enactment", "plane decoder", "neck tables", "motion encoder"],
         "view": ["super-resolution"],
     }
     view = rows["another view, 16 x 16 rays"].gflop
