@@ -17,9 +17,11 @@ OF_RECONSTRUCTOR = (
     "shards",
     "motion_encoder",
     "perception",
+    "switch",
     "split",
     "identities",
     "samples",
+    "sequence_frames",
     "mean_images",
     "sheet_rows",
     "resamples",
@@ -29,7 +31,7 @@ OF_RECONSTRUCTOR = (
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateRun(reconstructor.evaluate.EvaluateRun):
-    """Measure a reconstructor on held-out identities, or a generator: table, JSON, CSV and picture sheets.
+    """Measure a reconstructor on held-out identities, or a generator: tables, JSON, CSV, a page and picture sheets.
 
     Of what is not given above `what`, a generator takes out, generator and seed; the other settings there are a reconstructor's.
     """

@@ -20,7 +20,7 @@ from head3d.pictures import colorize, grid, save_png
 from head3d.run.errors import DataError
 from head3d.run.files import write_atomic
 from head3d.run.runlog import read_metrics
-from reconstructor.perception_errors import own_errors
+from reconstructor.evaluation_page import SHEET_COLUMNS, own_error_html
 
 WIDE_ENOUGH_PX = 600  # smaller pictures are shown enlarged up to this
 
@@ -132,31 +132,22 @@ def evaluation_section(folder: Path) -> str:
     if not path.exists():
         return section("Evaluation", "not run yet", "")
     result = json.loads(path.read_text(encoding="utf-8"))
-    measured = {(row["task"], row["row"], row["metric"]): row for row in result["rows"]}
-    metrics = list(dict.fromkeys(row["metric"] for row in result["rows"]))
+    whole = [row for row in result["rows"] if row["bin"] is None]
+    measured = {(row["task"], row["row"], row["metric"]): row for row in whole}
+    metrics = list(dict.fromkeys(row["metric"] for row in whole))
     lines = [
         (_words(task), _words(row), *(_interval(measured.get((task, row, name))) for name in metrics))
-        for task, row in dict.fromkeys((row["task"], row["row"]) for row in result["rows"])
+        for task, row in dict.fromkeys((row["task"], row["row"]) for row in whole)
     ]
     sheets = "".join(
-        _figure(folder, sheet, f"{_words(sheet.stem.removeprefix('sheet_'))}: source, driver, ours, truth, copy")
-        for sheet in sorted((folder / "evaluation").glob("*.png"))
+        _figure(folder, sheet, f"{_words(task)}: {columns}")
+        for task, columns in SHEET_COLUMNS.items()
+        if (sheet := folder / "evaluation" / f"sheet_{task}.png").exists()
     )
     note = "Against the generator's true rendering: mean and 95 % interval over people. PSNR in dB, depth error in scene units."
-    content = table(("task", "row", *metrics), lines) + sheets + _judge(result.get("perception_errors"))
-    return section("Evaluation on people held out", note, content)
-
-
-def _judge(errors: dict | None) -> str:
-    """How far the network is to be trusted that read identity, expression and pose off the pictures; and what a motion vector tells."""
-    if errors is None:
-        return ""
-    note = (
-        f"The perception network read what needs a network off the pictures. Its own error, on {errors['pictures']} pictures of "
-        f"{errors['identities']} people of its own whom it had not seen, beside that of who does not look at the picture:"
-    )
-    lines = [(row.name, f"{row.network:.3f}", f"{row.blind:.3f} ({row.blind_is})", row.meaning) for row in own_errors(errors)]
-    return f"<p>{html.escape(note)}</p>" + table(("measure", "network", "without looking", "what it is"), lines)
+    content = table(("task", "row", *metrics), lines) + sheets + own_error_html(result.get("perception_errors"))
+    more = '<p><a href="evaluation/index.html">More of the evaluation: by yaw, units, how near the truth anything could come</a></p>'
+    return section("Evaluation on people held out", note, content + more)
 
 
 def drive_section(folder: Path) -> str:

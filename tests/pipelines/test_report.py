@@ -84,13 +84,14 @@ def test_curves_numbers_and_the_video_are_taken_from_the_stages_folders(tmp_path
         (tmp_path / folder).mkdir()
     lines = ({"images_seen": seen, "loss/total": 1 / seen, "loss/depth": None} for seen in (10, 20))
     (tmp_path / "reconstructor" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    row = {"task": "novel_view", "row": "ours", "metric": "psnr", "mean": 21.23456, "low": 20.0, "high": 22.0}
-    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"rows": [row]}))
+    row = {"task": "novel_view", "bin": None, "row": "ours", "metric": "psnr", "mean": 21.23456, "low": 20.0, "high": 22.0}
+    part = row | {"bin": "at 60 deg", "mean": 11.0}
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"rows": [row, part]}))
     (tmp_path / "drive" / "drive.mp4").write_bytes(b"")
     text = page(tmp_path)
     assert "own error" not in text  # no network has read these pictures
     assert "20 images seen." in text and ">loss/total<" in text and ">loss/depth<" not in text
-    assert "<td>novel view</td><td>ours</td><td>21.235 [20.000, 22.000]</td>" in text
+    assert "<td>novel view</td><td>ours</td><td>21.235 [20.000, 22.000]</td>" in text and "11.000" not in text
     assert 'src="drive/drive.mp4"' in text
 
 

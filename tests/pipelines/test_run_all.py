@@ -28,7 +28,7 @@ SMALL = {
         "micro_batch": 2,
         "batches": {"size": 2},
     },
-    "evaluate": {"samples": 1, "mean_images": 2},
+    "evaluate": {"samples": 1, "sequence_frames": 2, "mean_images": 2},
     "drive": {"frames_between": 1, "batch": 4},
 }
 
