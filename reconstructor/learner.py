@@ -97,6 +97,10 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool
         folder = config.generator or Path(plan.generator.folder)
         take_from_generator(model, load_planned_generator(plan, folder, str(device)))
     averaged = copy.deepcopy(model, {id(head): head}).eval().requires_grad_(False)  # one head model for both
+    if config.recompute_activations:
+        model.recompute_activations()
+    if config.compile:
+        model.compile_parts()
     ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
     groups = parameter_groups(model)
     check_groups(config.all_stages(), groups)

@@ -14,15 +14,19 @@ The planes hold the head in its own shape and driven expression with the neck at
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from head3d.cameras import Camera, camera_rays, ray_bounds
 from head3d.deformation import Deformation, DeformationConfig, PosedHead
 from head3d.head_model import HeadModel, load_head_model
 from head3d.labels import Motion
+from head3d.networks.stylegan2 import Precision
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
 from head3d.rendering import FieldSamples, HeadImages, RaySampling, compose_pictures, render_rays
 from head3d.run.checkpoint import fill_weights, load_exported
@@ -114,6 +118,7 @@ class Reconstructor(nn.Module):
         *,
         generator: torch.Generator | None = None,  # None renders deterministically
         resolution: int | None = None,  # rays per side; None = config.render_resolution
+        precision: Precision = "float32",  # of super-resolution; rays are sampled, decoded and summed in float32
     ) -> HeadImages:
         """Render one picture per batch entry."""
         sampling, side = self.config.sampling, resolution or self.config.render_resolution
@@ -125,11 +130,12 @@ class Reconstructor(nn.Module):
         origins, directions = camera_rays(camera, side)
         near, far = ray_bounds(camera, sampling.box_side)
         rendered = render_rays(along_rays, origins, directions, near, far, sampling, generator)
-        return compose_pictures(rendered, background, side, self.superresolution)
+        return compose_pictures(rendered, background, side, functools.partial(self.superresolution, precision=precision))
 
     def render_at_rest(self, planes: Tensor, background: Tensor, camera: Camera) -> HeadImages:
-        """`render` without neck rotation or jitter: what an architecture may draw for itself."""
-        return self.render(planes, background, None, camera)
+        """`render` without neck rotation or jitter: what an architecture may draw for itself. Always in float32."""
+        with torch.autocast(planes.device.type, enabled=False):
+            return self.render(planes.float(), background.float(), None, camera)
 
     def forward(
         self,
@@ -143,13 +149,31 @@ class Reconstructor(nn.Module):
         *,
         generator: torch.Generator | None = None,
         resolution: int | None = None,
+        precision: Precision = "float32",  # bfloat16: the products of architecture and super-resolution; weights stay float32
     ) -> Reconstruction:
-        """Everything in one call."""
-        source = self.architecture.encode_source(source_image, source_motion, motion_scale)
-        driving = self.architecture.encode_driver(driver, source, self.render_at_rest)
-        planes = self.architecture.planes(source, driving, motion_scale)
-        images = self.render(planes, source.background, self.pose(shape, motion), camera, generator=generator, resolution=resolution)
+        """Everything in one call. Pictures and planes are float32."""
+        with torch.autocast(source_image.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            source = self.architecture.encode_source(source_image, source_motion, motion_scale)
+            driving = self.architecture.encode_driver(driver, source, self.render_at_rest)
+            planes = self.architecture.planes(source, driving, motion_scale).float()
+        posed, background = self.pose(shape, motion), source.background.float()
+        images = self.render(planes, background, posed, camera, generator=generator, resolution=resolution, precision=precision)
         return Reconstruction(images, planes, source, driving)
+
+    def parts(self) -> Iterator[nn.Module]:
+        """The modules that a forward pass calls one after the other: blocks and networks of the architecture, decoder, super-resolution."""
+        for part in (*self.architecture.children(), self.decoder, self.superresolution):
+            yield from part if isinstance(part, nn.ModuleList) else (part,)
+
+    def recompute_activations(self) -> None:
+        """From now on keep of each part only its inputs, and compute the rest again for the gradient: less memory, a third more work."""
+        for part in self.parts():
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+
+    def compile_parts(self) -> None:
+        """From now on run each part through torch.compile; the first steps, and those at new resolutions, take minutes."""
+        for part in self.parts():
+            part.compile()
 
 
 @dataclasses.dataclass(frozen=True)

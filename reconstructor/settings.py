@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from datagen.cache import CacheConfig
+from head3d.networks.stylegan2 import Precision
 from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from head3d.run.errors import ConfigError
 from reconstructor.batches import BatchConfig
@@ -29,6 +30,8 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "keep",
     "threads",
+    "recompute_activations",
+    "compile",
 )  # on resume
 FREE_IN_BATCHES = ("threads", "prefetch")
 ADVICE = "Lower learning_rate and start again from there in another --out, or look for damaged labels with the verify command"
@@ -67,6 +70,9 @@ class ReconstructorRun:
     ema_images: PositiveFloat = 10_000.0  # half-life of the averaged weights, images
     ema_ramp: NonNegativeFloat = 0.05  # half-life is at most this share of the images seen; 0 = no ramp
     micro_batch: PositiveInt = 4  # samples a process takes through the network at once; gradients are averaged over the batch
+    precision: Precision = "float32"  # bfloat16: products of architecture and super-resolution; weights, rays and losses stay float32
+    recompute_activations: bool = False  # forget what lies inside blocks and compute it again for the gradient: less memory, more work
+    compile: bool = False  # run the network's parts through torch.compile (it needs a C++ compiler, on a GPU Triton)
     log_every: PositiveInt = 3_200  # images between lines of metrics, each the mean since the one before
     pictures_every: PositiveInt = 100_000  # images between picture grids
     checkpoint_every: PositiveInt = 100_000  # images between checkpoints

@@ -92,6 +92,7 @@ def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_
         target.camera,
         generator=draws,
         resolution=rays,
+        precision=config.precision,
     )
     batch = labels_at(batch, rays)
     posed = model.pose(target.shape, target.motion)

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+import yaml
 
 from datagen.exclusion import Exclusion
 from datagen.generate import DatagenRun, generate
@@ -18,11 +19,12 @@ from datagen.reading import open_dataset
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig
 from genhead.generator import load_genhead
+from genhead.train import GenHeadRun
 from head3d.cameras import frontal
-from head3d.labels import Motion
+from head3d.labels import Motion, unpack_label
 from head3d.run import distributed
 from head3d.run.checkpoint import latest_checkpoint
-from head3d.run.config import save_yaml
+from head3d.run.config import from_dict, load_yaml, save_yaml
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
 from head3d.run.training import Divergence, check_finite
@@ -38,7 +40,7 @@ from reconstructor.model import load_reconstructor
 from reconstructor.motion_vectors import MotionVectors
 from reconstructor.preview import preview_batch, preview_picture
 from reconstructor.settings import GrowthConfig, ReconstructorRun
-from reconstructor.stages import StageConfig
+from reconstructor.stages import StageConfig, stage_at
 from reconstructor.steps import loss_terms
 from reconstructor.train import train
 
@@ -265,6 +267,83 @@ def test_defaults_are_the_published_run():
         32,
         0.5,
     )
+
+
+def test_the_paper_config_is_the_defaults_and_the_small_one_fits_its_generator(root):
+    paper = load_yaml(ReconstructorRun, root / "configs" / "reconstructor_paper.yaml")
+    assert paper == ReconstructorRun(out=paper.out, shards=paper.shards)
+    small = load_yaml(ReconstructorRun, root / "configs" / "reconstructor_small.yaml")
+    generator = load_yaml(GenHeadRun, root / "configs" / "genhead_small.yaml").model
+    shared = ("decoder_hidden", "feature_channels", "render_resolution", "superresolution", "sampling")
+    assert [getattr(small.model, name) for name in shared] == [getattr(generator, name) for name in shared]
+    assert small.model.architecture.image_resolution == generator.image_resolution
+    assert small.model.architecture.plane_channels == generator.plane_channels
+    assert small.ema_images == 10_000 * small.batches.size / 32
+
+
+def test_the_documented_warm_up_is_accepted(root, world, tmp_path):
+    text = (root / "configs" / "reconstructor_paper.yaml").read_text()
+    warm_up = yaml.safe_load("\n".join(line[2:] for line in text.splitlines() if line.startswith(("# stages", "#   - "))))
+    config = from_dict(ReconstructorRun, warm_up, "the comment")
+    assert stage_at(config.all_stages(), 999_999).freeze == ("decoder", "superresolution")
+    assert stage_at(config.all_stages(), 1_000_000) == StageConfig("everything")
+    learner(dataclasses.replace(world.run(tmp_path), stages=config.stages))
+
+
+def gradients_of(config):
+    """Loss terms and gradients of the first step, with cross-attention and density awake."""
+    one, draws = learner(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in (*one.model.architecture.deexpression, *one.model.architecture.reenactment):
+            block.cross_attention.output.weight.normal_(std=0.1, generator=draws)
+        one.model.decoder.density.weight.normal_(generator=draws)
+    terms = loss_terms(config, one, first_batch(config), 0, torch.Generator().manual_seed(1))
+    sum(terms.values()).backward()
+    assert all(value.dtype == torch.float32 for value in terms.values())
+    gradients = {name: parameter.grad for name, parameter in one.model.named_parameters()}
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    return {name: value.item() for name, value in terms.items()}, gradients
+
+
+def test_bfloat16_gives_nearly_the_losses_and_gradients_of_float32_and_recomputing_exactly(world, tmp_path):
+    config = world.run(tmp_path)
+    terms, gradients = gradients_of(config)
+    rounded, rough = gradients_of(dataclasses.replace(config, precision="bfloat16"))
+    assert rounded != terms
+    assert rounded == {name: pytest.approx(value, rel=0.02) for name, value in terms.items()}
+    whole, other = (torch.cat([gradient.flatten() for gradient in one.values()]) for one in (gradients, rough))
+    assert torch.nn.functional.cosine_similarity(whole, other, dim=0) > 0.99
+    again, recomputed = gradients_of(dataclasses.replace(config, recompute_activations=True))
+    assert again == terms
+    assert not equal_tensors(recomputed, gradients)
+
+
+def test_recomputing_keeps_less_for_the_gradient(world, tmp_path):
+    def kept_bytes(recompute):
+        config, sizes = world.run(tmp_path, recompute_activations=recompute), {}
+        model, batch = learner(config).model, first_batch(config)
+        label = unpack_label(batch.label)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def keep(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            arguments = (Driver(batch.driving_motion), batch.motion_scale, label.shape, label.motion, label.camera)
+            output = model(batch.source_image, batch.source_motion, *arguments)
+        assert output.images.image.requires_grad
+        return sum(size for pointer, size in sizes.items() if pointer not in weights)
+
+    assert kept_bytes(True) < 0.6 * kept_bytes(False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; compiling for a CPU takes minutes")
+def test_compiled_parts_give_the_losses_of_the_others(world, tmp_path):
+    config = world.run(tmp_path)
+    terms, _ = gradients_of(config)
+    compiled, _ = gradients_of(dataclasses.replace(config, compile=True))
+    assert compiled == {name: pytest.approx(value, rel=1e-3) for name, value in terms.items()}
 
 
 def test_two_processes_train_together_and_one_goes_on(world, tmp_path, two_processes):
