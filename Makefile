@@ -12,7 +12,7 @@ export PYTHONUNBUFFERED = 1
 
 # Renewed when the pinned versions or the package's own description change; written last, so a broken-off set-up is taken up again.
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' -)
-STAGES := demo head-page portraits genhead plan datagen verify survey describe reconstructor perception evaluate drive report import-published bench
+STAGES := demo head-page portraits genhead plan datagen verify survey describe reconstructor perception evaluate ablation drive report import-published bench
 # CONFIG if given, else configs/<stage>_tiny.yaml where there is one
 SETTINGS = $(or $(CONFIG),$(wildcard configs/$(subst -,_,$@)_tiny.yaml))
 
@@ -50,6 +50,7 @@ describe: ## croissant.json and a data card for a folder of shards: make describ
 reconstructor: ## train the one-shot reconstructor
 perception: ## train a measurement network and an image motion encoder
 evaluate: ## measure a reconstructor on held-out identities, or a generator
+ablation: ## train variants of the reconstructor, measure all in the same way, print the table
 drive: ## animate one picture with a sequence of motions
 report: ## gather a run into one page: make report ARGS=DIR
 import-published: ## a published checkpoint as an export: make import-published ARGS="FILE --out DIR --head_model FLAME"

@@ -36,6 +36,7 @@ COMMANDS = {
     "reconstructor": Command("pipelines.reconstructor", "train the one-shot reconstructor on shards"),
     "perception": Command("pipelines.perception", "train a measurement network and a motion encoder on shards"),
     "evaluate": Command("pipelines.evaluate", "measure a reconstructor on held-out identities, or a generator"),
+    "ablation": Command("pipelines.ablation", "train variants of the reconstructor, measure all in the same way, print the table"),
     "drive": Command("pipelines.drive", "animate one picture with a sequence of motions"),
     "report": Command("pipelines.report", "gather a run's pictures, curves and numbers into one page"),
     "import-published": Command("pipelines.import_published", "turn a published GenHead checkpoint into an export, running nothing in it"),

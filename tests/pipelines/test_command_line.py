@@ -139,7 +139,7 @@ def test_make_help_lists_every_target():
     assert targets == {
         "help", "install", "demo", "test", "test-gpu", "lint", "bench", "head-page", "portraits", "genhead", "plan", "datagen",
         "verify", "survey", "describe",
-        "reconstructor", "perception", "evaluate", "drive", "report", "import-published",
+        "reconstructor", "perception", "evaluate", "ablation", "drive", "report", "import-published",
     }  # fmt: skip
 
 
