@@ -38,6 +38,7 @@ from head3d.run.seeding import torch_generator
 from head3d.triplane import sample_planes
 from reconstructor import speed
 from reconstructor.model import ReconstructorConfig
+from reconstructor.settings import ReconstructorRun
 
 POINTS = 64 * 64 * 48  # of one picture at 64 x 64 rays: 196,608
 BOX_SIDE = 1.3
@@ -52,6 +53,7 @@ class BenchRun:
     genhead: NonNegativeInt = 3  # timings of each stage of the published generator, of which the median counts; 0 leaves it out
     farm: NonNegativeInt = 2  # shards that each data-generation worker makes with it, alone and with a second one; 0 leaves it out
     reconstructor: NonNegativeInt = 3  # timings of each stage of the published reconstructor; 0 leaves it out
+    training: NonNegativeInt = 2  # timings of its training step, early and late, of up to a minute and 9 GB or more; 0 leaves it out
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
 
 
@@ -85,6 +87,10 @@ def main(config: BenchRun) -> None:
             ReconstructorConfig(), load_head_model(config.head_model), repeats=config.reconstructor
         )
         print_reconstructor(reconstructor_rows)
+    training_rows: list[speed.TrainingTime] = []
+    if config.training:
+        training_rows = speed.measure_training(ReconstructorRun(), load_head_model(config.head_model), config.training)
+        print_training(training_rows)
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "processor": processor(), "threads": torch.get_num_threads()},
@@ -93,6 +99,7 @@ def main(config: BenchRun) -> None:
         "genhead": {"identities": [row._asdict() for row in times.identities], "stages": [row._asdict() for row in times.stages]},
         "farm": [row._asdict() for row in farm_rows],
         "reconstructor": [row._asdict() for row in reconstructor_rows],
+        "training": [row._asdict() for row in training_rows],
         "peak_memory_mb": peak_memory_mb(),
     }
     write_atomic(config.out, json.dumps(record, indent=1) + "\n")
@@ -126,6 +133,15 @@ def print_reconstructor(rows: list[speed.StageTime]) -> None:
     print(f"\n{'published reconstructor, 512 x 512':46} {'once a':>7} {'s':>8} {'GFLOP':>7}")
     for row in rows:
         print(f"{row.stage:46} {row.often:>7} {row.seconds:8.3f} {row.gflop:7.1f}")
+
+
+def print_training(rows: list[speed.TrainingTime]) -> None:
+    """The published reconstructor's training step for one target."""
+    print(f"\n{'training step, one target, float32':36} {'forward s':>9} {'backward s':>10} {'update s':>8} {'step s':>7} {'peak MB':>8}")
+    for row in rows:
+        whole = row.forward_s + row.backward_s + row.update_s
+        parts = f"{row.forward_s:9.2f} {row.backward_s:10.2f} {row.update_s:8.2f} {whole:7.2f}"
+        print(f"{f'{row.when}, {row.rays} x {row.rays} rays':36} {parts} {row.peak_memory_mb:8.0f}")
 
 
 def measure(config: BenchRun) -> list[Row]:

@@ -102,12 +102,17 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool
     if config.compile:
         model.compile_parts()
     ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
+    optimizer = build_optimizer(config, model)
+    frozen = load_frozen_networks(config.network_files(), config.losses_of_all_stages(), model.head_model, device)
+    return Learner(model, averaged, ema, optimizer, frozen, vectors, head_model)
+
+
+def build_optimizer(config: ReconstructorRun, model: Reconstructor) -> torch.optim.Adam:
+    """Adam with a named group of each kind of parameters. Raises ConfigError if a stage names a group that there is not."""
     groups = parameter_groups(model)
     check_groups(config.all_stages(), groups)
     named = [{"params": parameters, "name": name} for name, parameters in groups.items()]
-    optimizer = torch.optim.Adam(named, config.learning_rate, config.betas, config.epsilon)
-    frozen = load_frozen_networks(config.network_files(), config.losses_of_all_stages(), model.head_model, device)
-    return Learner(model, averaged, ema, optimizer, frozen, vectors, head_model)
+    return torch.optim.Adam(named, config.learning_rate, config.betas, config.epsilon)
 
 
 def take_from_generator(model: Reconstructor, generator: GenHead) -> None:

@@ -3,28 +3,43 @@
 once a source    global and detail encoder, background, de-expression
 once a motion    re-enactment, plane decoder, tables of a turned neck; our motion encoder at its default width, where a picture drives
 once a view      rays, the neck's part of them, super-resolution
+a training step  forward, backward, update
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from datagen.render import RenderConfig
+from head3d.adversarial import Ema
 from head3d.cameras import frontal
 from head3d.head_model import HeadModel
-from head3d.labels import SHAPE_SIZE, Motion
+from head3d.labels import SHAPE_SIZE, Motion, pack_label
+from head3d.run import distributed
+from head3d.run.memory import peak_memory_mb
 from head3d.run.runlog import progress
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from reconstructor.architecture import Driver
 from reconstructor.avatar import Avatar
+from reconstructor.batches import Batch
 from reconstructor.blocks import with_coordinates
+from reconstructor.frozen_networks import FrozenNetworks
+from reconstructor.learner import Learner, build_optimizer
 from reconstructor.model import Reconstructor, ReconstructorConfig
+from reconstructor.motion_vectors import MotionVectors
 from reconstructor.perception import Perception, PerceptionConfig
+from reconstructor.settings import ReconstructorRun
+from reconstructor.stages import with_weights
+from reconstructor.steps import Stopwatch, step
 
 NECK_RAD = 0.3  # of the motion that is timed; an unturned neck skips its stage
 
@@ -87,6 +102,76 @@ def measure_reconstructor(
         gflop = _gflop(call)  # also warms up
         rows.append(StageTime(stage, often, statistics.median(_seconds(call) for _ in range(repeats)), gflop))
     return rows
+
+
+class TrainingTime(NamedTuple):
+    """One training step with one target, each part the median over the repeats."""
+
+    when: str
+    rays: int  # a side
+    losses: tuple[str, ...]  # that count then
+    forward_s: float
+    backward_s: float
+    update_s: float  # Adam and the averaged weights
+    peak_memory_mb: float  # of the process so far
+
+
+def measure_training(config: ReconstructorRun, head: HeadModel, repeats: int = 2) -> list[TrainingTime]:
+    """A step early, with every label, and a step late, when the rays have grown; made-up data, no other network beside (perceptual,
+    identity, discriminator), no density smoothness, which few steps have."""
+    one = dataclasses.replace(config.batches, size=1, static_share=0.0)
+    alone = with_weights(config.losses, dict.fromkeys(("perceptual", "identity"), 0.0))
+    config = dataclasses.replace(config, batches=one, micro_batch=1, losses=alone)
+    draws, process = torch_generator(0, "training speed"), distributed.Process(0, 1, torch.device("cpu"), True)
+    with weights_drawn_from(draws):
+        model = Reconstructor(config.model, head)
+    averaged = copy.deepcopy(model, {id(head): head}).requires_grad_(False)
+    learner = Learner(
+        model=model,
+        averaged=averaged,
+        ema=Ema(averaged, config.ema_images, config.ema_ramp),
+        optimizer=build_optimizer(config, model),
+        frozen=FrozenNetworks(None, None),
+        vectors=MotionVectors("flame"),  # those of the batch as they are
+        head_model="",
+    )
+    batch, rows = made_up_batch(config.model, draws), []
+    step(config, learner, batch, 1, process)  # warms up and makes Adam's state
+    for when, images_seen in (("early", 1), ("late", config.growth.since + config.growth.images + 1)):
+        laps = []
+        for _ in range(repeats):
+            watch = Stopwatch(process.device)
+            scalars = step(config, learner, batch, images_seen, process, watch)
+            laps.append(watch.take())
+        seconds = (statistics.median(lap[name] for lap in laps) for name in ("forward", "backward", "update"))
+        losses = tuple(name.removeprefix("loss/") for name in scalars if name != "loss/total")
+        rows.append(TrainingTime(when, config.rays_at(images_seen), losses, *seconds, peak_memory_mb()))
+    return rows
+
+
+def made_up_batch(config: ReconstructorConfig, draws: torch.Generator) -> Batch:
+    """One sample with every label, drawn at random, as large as those of shards for `config`."""
+    side, rays, architecture = config.architecture.image_resolution, config.render_resolution, config.architecture
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(1, *shape, generator=draws)
+
+    return Batch(
+        source_image=uniform(3, side, side) * 2 - 1,
+        source_motion=uniform(architecture.motion_dim),
+        driving_motion=uniform(architecture.motion_dim),
+        motion_scale=torch.ones(1),
+        label=pack_label(frontal(), torch.zeros(1, SHAPE_SIZE), Motion.neutral(1)),
+        identity=torch.zeros(1, dtype=torch.int64),
+        image=uniform(3, side, side) * 2 - 1,
+        opacity=uniform(1, rays, rays),
+        depth=uniform(1, rays, rays) + 3.7,
+        foreground=uniform(config.feature_channels, rays, rays),
+        background=uniform(3, rays, rays) * 2 - 1,
+        background_features=uniform(config.feature_channels, rays, rays) * 2 - 1,
+        points=(uniform(RenderConfig().points, 3) - 0.5) * config.sampling.box_side,
+        point_features=uniform(RenderConfig().points, architecture.plane_channels),
+    )
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -4,12 +4,12 @@ import json
 
 from datagen.speed import FarmTime
 from genhead.speed import GeneratorTimes, IdentityTime, StageTime
-from pipelines.bench import BenchRun, main, print_farm, print_generator, print_reconstructor
+from pipelines.bench import BenchRun, main, print_farm, print_generator, print_reconstructor, print_training
 from reconstructor import speed
 
 
 def test_the_table_is_written_with_machine_versions_and_limits(tmp_path, capsys):
-    main(BenchRun(out=tmp_path / "bench.json", repeats=1, genhead=0, farm=0, reconstructor=0))
+    main(BenchRun(out=tmp_path / "bench.json", repeats=1, genhead=0, farm=0, reconstructor=0, training=0))
     record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert record["machine"]["processor"] and record["versions"]["torch"] and record["date"] and record["peak_memory_mb"] > 10
     parts = {row["part"]: row for row in record["rows"]}
@@ -37,3 +37,9 @@ def test_the_farm_is_printed_with_its_overhead_and_how_workers_add_up(capsys):
 def test_stages_of_the_reconstructor_are_printed_with_how_often_they_run(capsys):
     print_reconstructor([speed.StageTime("plane decoder", "motion", 1.5, 600.25)])
     assert capsys.readouterr().out.splitlines()[-1].split() == ["plane", "decoder", "motion", "1.500", "600.2"]
+
+
+def test_a_training_step_is_printed_by_its_parts_and_their_sum(capsys):
+    print_training([speed.TrainingTime("late", 128, ("image_final",), 10.0, 30.5, 1.5, 9001.0)])
+    expected = ["late,", "128", "x", "128", "rays", "10.00", "30.50", "1.50", "42.00", "9001"]
+    assert capsys.readouterr().out.splitlines()[-1].split() == expected

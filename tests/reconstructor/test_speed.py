@@ -5,7 +5,8 @@ import torch
 
 from head3d.head_model import load_head_model
 from reconstructor.products import linear
-from reconstructor.speed import _gflop, measure_reconstructor
+from reconstructor.settings import GrowthConfig
+from reconstructor.speed import _gflop, measure_reconstructor, measure_training
 
 
 def test_every_stage_and_what_a_user_waits_for_are_timed(world):
@@ -28,3 +29,12 @@ def test_products_are_counted_whichever_library_computes_them():
     with torch.no_grad():
         assert _gflop(lambda: linear(features, weight)) == pytest.approx(2 * 3 * 5 * 7 * 11 / 1e9)
     assert _gflop(lambda: linear(features, weight)) == pytest.approx(2 * 3 * 5 * 7 * 11 / 1e9)
+
+
+def test_a_training_step_is_timed_early_with_every_label_and_late_with_more_rays(world, tmp_path):
+    settings = world.run(tmp_path, growth=GrowthConfig(resolution=32, since=400_000, images=8))
+    early, late = measure_training(settings, load_head_model(None), repeats=1)
+    assert (early.rays, late.rays) == (16, 32) and min(early.forward_s, early.backward_s, early.update_s) > 0
+    pictures = {f"image_{name}" for name in ("final", "raw", "foreground", "background")}
+    assert set(early.losses) == pictures | {"features", "points", "depth", "opacity"}
+    assert set(late.losses) == pictures | {"opacity"}
