@@ -91,10 +91,11 @@ def lazy_adam(
     learning_rate: float,
     regularize_every: int,  # steps between regularisation
     betas: tuple[float, float] = (0.0, 0.99),
+    epsilon: float = 1e-8,
 ) -> torch.optim.Adam:
     """Adam corrected for a regulariser with a step of its own after every k-th: c = k / (k + 1), rate * c, betas ** c."""
     c = regularize_every / (regularize_every + 1)
-    return torch.optim.Adam(parameters, lr=learning_rate * c, betas=(betas[0] ** c, betas[1] ** c), eps=1e-8)
+    return torch.optim.Adam(parameters, lr=learning_rate * c, betas=(betas[0] ** c, betas[1] ** c), eps=epsilon)
 
 
 @torch.no_grad()

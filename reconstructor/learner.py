@@ -20,6 +20,7 @@ from head3d.run.config import config_hash, to_dict
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from head3d.run.training import check_state, part, refuse_changes, refuse_other_circumstances
+from reconstructor.adversary import Adversary
 from reconstructor.batches import usable_frames
 from reconstructor.frozen_networks import FrozenNetworks, load_frozen_networks
 from reconstructor.losses import check_labels
@@ -39,6 +40,7 @@ class Learner:
     optimizer: torch.optim.Adam
     frozen: FrozenNetworks  # what some losses ask; never changes
     vectors: MotionVectors  # what the attention is told of motions; never changes
+    adversary: Adversary | None  # None where the adversarial term never counts
     head_model: str  # what the networks' head was loaded from
 
 
@@ -80,9 +82,11 @@ def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
     return check_labels(losses, available, len(training), where)
 
 
-def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool) -> Learner:
-    """A learner at the start of its life. Raises AssetError if generator or head model are not those of the shards, and what
-    `open_motion_vectors` raises."""
+def build(config: ReconstructorRun, plan: Plan, device: torch.device, fresh: bool) -> Learner:
+    """A learner at the start of its life; with `fresh` false, one for `restore`, which needs no weights to start from.
+
+    Raises AssetError if generator or head model are not those of the shards, and what `open_motion_vectors` raises.
+    """
     vectors = open_motion_vectors(config.model.architecture.motion, config.perception, device)
     head_model = config.head_model or plan.generator.head_model
     head = load_head_model(head_model)
@@ -93,8 +97,8 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool
         )
     with weights_drawn_from(torch_generator(config.seed, "reconstructor", "weights")):
         model = Reconstructor(config.model, head).to(device)
-    if warm:
-        folder = config.generator or Path(plan.generator.folder)
+    folder = config.generator or Path(plan.generator.folder)
+    if fresh and config.warm_start:
         take_from_generator(model, load_planned_generator(plan, folder, str(device)))
     averaged = copy.deepcopy(model, {id(head): head}).eval().requires_grad_(False)  # one head model for both
     if config.recompute_activations:
@@ -104,7 +108,10 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, warm: bool
     ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
     optimizer = build_optimizer(config, model)
     frozen = load_frozen_networks(config.network_files(), config.losses_of_all_stages(), model.head_model, device)
-    return Learner(model, averaged, ema, optimizer, frozen, vectors, head_model)
+    adversary = Adversary(config.adversary, config.seed, folder, device) if config.has_adversary else None
+    if fresh and adversary:
+        adversary.begin()
+    return Learner(model, averaged, ema, optimizer, frozen, vectors, adversary, head_model)
 
 
 def build_optimizer(config: ReconstructorRun, model: Reconstructor) -> torch.optim.Adam:
@@ -142,8 +149,11 @@ def circumstances(dataset: ShardDataset, frozen: FrozenNetworks, vectors: Motion
 
 
 def save(config: ReconstructorRun, learner: Learner, images_seen: int, state: dict[str, Any]) -> Path:
-    """Write a checkpoint: `state`, network, average, optimiser. The data and every draw need no state: they are keyed by images seen."""
+    """Write a checkpoint: `state`, network, average, adversary, optimisers. Data and draws need no state: they are keyed by images seen."""
     tensors, optimizer = pack_optimizer(learner.optimizer, "optimizer")
+    if learner.adversary:
+        packed, own = learner.adversary.pack()
+        tensors, state = tensors | packed, state | own
     for name, model in (("model", learner.model), ("averaged", learner.averaged)):
         tensors |= {f"{name}/{key}": value for key, value in model.weights().items()}
     check_state(tensors, images_seen, config.out, ADVICE)
@@ -157,6 +167,8 @@ def restore(config: ReconstructorRun, learner: Learner, saved: Checkpoint, aroun
     for name, model in (("model", learner.model), ("averaged", learner.averaged)):
         model.load_weights(part(saved.tensors, f"{name}/"), str(saved.folder))
     unpack_optimizer(learner.optimizer, "optimizer", saved.tensors, saved.state["optimizer"])
+    if learner.adversary:
+        learner.adversary.restore(saved)
     return saved.images_seen
 
 

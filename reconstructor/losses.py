@@ -1,7 +1,7 @@
 """The reconstruction losses with exact labels (Portrait4D, arXiv:2311.18729, eq. 4; weights and ranges of portrait4d, section 6.8).
 
 Every term compares a rendered head with the generator's own rendering of the same head: pictures, features, tri-plane features at
-points, depth and opacity. The perceptual and identity terms are in `frozen_networks.py`.
+points, depth and opacity. The perceptual and identity terms are in `frozen_networks.py`, the adversarial one in `adversary.py`.
 
 Deliberate differences from the source. The target of foreground features is the generator's foreground before the background is
 added. The target of foreground RGB is what the raw target leaves in front of the background, raw - (1 - opacity) * background, kept
@@ -23,6 +23,7 @@ from head3d.networks.resample import resize_antialias
 from head3d.rendering import HeadImages
 from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from head3d.run.errors import ConfigError
+from head3d.run.seeding import Draws, normal, uniform
 from reconstructor.batches import Batch
 
 # (identity-shaped, driven planes at points [B, N, 3]) -> features [B, N, C] or raw density [B, N]
@@ -62,6 +63,7 @@ class LossConfig:
     depth: TermConfig = TermConfig(1.0, until=400_000)  # L1 on ray distance (scene units) times the true opacity
     opacity: TermConfig = TermConfig(0.3)  # L1 on opacity in [-1, 1]
     identity: TermConfig = TermConfig(1.0, since=400_000)  # 1 - cosine of a frozen network's embeddings of the final pictures
+    adversarial: TermConfig = TermConfig(0.01, since=1_000_000)  # softplus(-D(fake)); the discriminator trains while this counts
     smoothness: SmoothnessConfig = SmoothnessConfig()
 
 
@@ -74,6 +76,7 @@ TERM_MEMBERS: dict[str, tuple[str, ...]] = {
     "depth": ("depth", "opacity"),
     "opacity": ("opacity",),
     "identity": (),
+    "adversarial": ("opacity",),
 }
 
 
@@ -166,15 +169,14 @@ def reconstruction_losses(
 def smoothness_loss(
     config: SmoothnessConfig,
     raw_density: PlaneProbe,  # raw density [B, N] of the driven planes at points of the space without neck rotation
-    batch: int,
+    planes: Tensor,  # [B, ...]: how many samples, on which device
     box_side: float,  # scene units
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
+    draws: Draws,
 ) -> Tensor:
     """weight * every * mean |density(x) - density(x + jitter)| with x uniform in the box (portrait4d, section 3)."""
-    uniform = torch.rand(batch, config.points, 3, generator=generator, device=generator.device).to(device)
-    step = torch.randn(batch, config.points, 3, generator=generator, device=generator.device).to(device) * config.jitter
-    points = (uniform - 0.5) * box_side
+    size = (len(planes), config.points, 3)
+    points = (uniform(size, draws, planes) - 0.5) * box_side
+    step = normal(size, draws, planes) * config.jitter
     densities = raw_density(torch.cat([points, points + step], dim=1))
     here, there = densities.split(config.points, dim=1)
     return config.weight * config.every * (here - there).abs().mean()

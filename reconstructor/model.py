@@ -32,6 +32,7 @@ from head3d.rendering import FieldSamples, HeadImages, RaySampling, compose_pict
 from head3d.run.checkpoint import fill_weights, load_exported
 from head3d.run.config import PositiveInt
 from head3d.run.errors import ConfigError
+from head3d.run.seeding import Draws
 from head3d.triplane import Decoder, sample_planes
 from reconstructor.architecture import Architecture, Driver, SourceCode
 from reconstructor.architectures.portrait4d import Portrait4D, Portrait4DConfig
@@ -116,7 +117,7 @@ class Reconstructor(nn.Module):
         posed: PosedHead | None,  # from `pose`
         camera: Camera,
         *,
-        generator: torch.Generator | None = None,  # None renders deterministically
+        generator: Draws | None = None,  # None renders deterministically
         resolution: int | None = None,  # rays per side; None = config.render_resolution
         precision: Precision = "float32",  # of super-resolution; rays are sampled, decoded and summed in float32
     ) -> HeadImages:
@@ -147,7 +148,7 @@ class Reconstructor(nn.Module):
         motion: Motion,  # of the driver, for the neck stage
         camera: Camera,
         *,
-        generator: torch.Generator | None = None,
+        generator: Draws | None = None,
         resolution: int | None = None,
         precision: Precision = "float32",  # bfloat16: the products of architecture and super-resolution; weights stay float32
     ) -> Reconstruction:

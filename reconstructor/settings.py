@@ -10,6 +10,7 @@ from datagen.cache import CacheConfig
 from head3d.networks.stylegan2 import Precision
 from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from head3d.run.errors import ConfigError
+from reconstructor.adversary import AdversaryConfig
 from reconstructor.batches import BatchConfig
 from reconstructor.frozen_networks import NetworkFiles
 from reconstructor.losses import LossConfig
@@ -81,9 +82,16 @@ class ReconstructorRun:
     cache: CacheConfig = CacheConfig()  # where copies of shards behind a URL are kept
     batches: BatchConfig = BatchConfig()  # what a batch holds and how it is read
     losses: LossConfig = LossConfig()  # weights and ranges of the loss terms
+    adversary: AdversaryConfig = AdversaryConfig()  # the discriminator of the adversarial term
     stages: tuple[StageConfig, ...] = ()  # one after the other; none = the architecture's own (Portrait4D: everything trains, to the end)
     growth: GrowthConfig = GrowthConfig()  # of the rays
     model: ReconstructorConfig = ReconstructorConfig()  # the network
+
+    @property
+    def has_adversary(self) -> bool:
+        """Whether the adversarial term ever counts."""
+        term = self.losses_of_all_stages().adversarial
+        return term.weight > 0 and term.since < self.total_images
 
     def network_files(self) -> NetworkFiles:
         return NetworkFiles(self.perception, self.lpips, self.arcface)

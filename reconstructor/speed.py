@@ -120,7 +120,7 @@ def measure_training(config: ReconstructorRun, head: HeadModel, repeats: int = 2
     """A step early, with every label, and a step late, when the rays have grown; made-up data, no other network beside (perceptual,
     identity, discriminator), no density smoothness, which few steps have."""
     one = dataclasses.replace(config.batches, size=1, static_share=0.0)
-    alone = with_weights(config.losses, dict.fromkeys(("perceptual", "identity"), 0.0))
+    alone = with_weights(config.losses, dict.fromkeys(("perceptual", "identity", "adversarial"), 0.0))
     config = dataclasses.replace(config, batches=one, micro_batch=1, losses=alone)
     draws, process = torch_generator(0, "training speed"), distributed.Process(0, 1, torch.device("cpu"), True)
     with weights_drawn_from(draws):
@@ -133,6 +133,7 @@ def measure_training(config: ReconstructorRun, head: HeadModel, repeats: int = 2
         optimizer=build_optimizer(config, model),
         frozen=FrozenNetworks(None, None),
         vectors=MotionVectors("flame"),  # those of the batch as they are
+        adversary=None,
         head_model="",
     )
     batch, rows = made_up_batch(config.model, draws), []

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from head3d.labels import unpack_label
+from head3d.rendering import HeadImages
 from head3d.run import distributed
-from head3d.run.seeding import torch_generator
+from head3d.run.seeding import Draws, torch_generator
+from reconstructor.adversary import Shown, show
 from reconstructor.architecture import Driver
 from reconstructor.batches import Batch
 from reconstructor.frozen_networks import frozen_network_losses
@@ -52,17 +54,29 @@ def step(
     process: distributed.Process,
     watch: Stopwatch | None = None,  # takes the laps forward, backward and update
 ) -> dict[str, float]:
-    """One update from this process's part of a batch; none if the loss is not finite. Returns means over all processes for the log."""
+    """One update from this process's part of a batch; none if the loss is not finite. While the adversarial term counts, the
+    discriminator then takes its own. Returns means over all processes for the log.
+
+    Every draw belongs to one sample of the whole batch, and no group of the discriminator's minibatch deviation is torn, so the number
+    of processes and of micro-batches changes nothing beyond the rounding of sums.
+    """
     totals: dict[str, float] = {}
     watch = watch or Stopwatch(process.device)
     batch = learner.vectors.of_batch(batch)
+    term = config.losses_at(images_seen).adversarial
+    adversary = learner.adversary if term.active(images_seen) else None
+    shown: list[tuple[Shown, float]] = []
     enter(stage_at(config.all_stages(), images_seen), learner.optimizer, config.learning_rate)
     learner.optimizer.zero_grad(set_to_none=True)
-    for start in range(0, len(batch), config.micro_batch):
-        part = batch.select(slice(start, start + config.micro_batch))
-        share = len(part) / len(batch)
-        draws = torch_generator(config.seed, "rays", process.rank, images_seen, start)
-        terms = loss_terms(config, learner, part, images_seen, draws)
+    for rows in micro_batches(len(batch), config.micro_batch, config.adversary.discriminator.group_size if adversary else 1):
+        part, share = batch.select(rows.to(process.device)), len(rows) / len(batch)
+        numbers = (process.rank + process.world_size * rows).tolist()  # in the whole batch
+        draws = [torch_generator(config.seed, "rays", images_seen, number, device=process.device) for number in numbers]
+        terms, images = loss_terms(config, learner, part, images_seen, draws)
+        if adversary:
+            seen = show(learner.model.head_model, images, part)
+            terms["adversarial"] = term.weight * adversary.loss(seen)
+            shown.append((seen.detach(), share))
         terms["total"] = sum(terms.values())
         watch.lap("forward")
         (terms["total"] * share).backward()
@@ -74,12 +88,24 @@ def step(
     if math.isfinite(totals["loss/total"]):
         learner.optimizer.step()
         learner.ema.update(learner.model, images_seen + config.batches.size, config.batches.size)
+    if adversary:
+        totals |= adversary.step(shown, images_seen // config.batches.size, process)
     watch.lap("update")
     return totals
 
 
-def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, draws: torch.Generator) -> dict[str, Tensor]:
-    """Forward pass and weighted loss terms; density smoothness joins every `smoothness.every` steps."""
+def micro_batches(count: int, most: int, group: int) -> list[Tensor]:
+    """Row numbers of each micro-batch of `count` samples: at most `most` of them, in whole groups of the minibatch deviation.
+
+    group divides count and is at most `most`; samples n, n + count / group, ... make a group, in a micro-batch as in the whole.
+    """
+    return [rows.flatten() for rows in torch.arange(count).view(group, -1).split(most // group, dim=1)]
+
+
+def loss_terms(
+    config: ReconstructorRun, learner: Learner, batch: Batch, images_seen: int, draws: Draws
+) -> tuple[dict[str, Tensor], HeadImages]:
+    """Forward pass and weighted loss terms, all but the adversarial one; density smoothness joins every `smoothness.every` steps."""
     model, target = learner.model, unpack_label(batch.label)
     losses, rays = config.losses_at(images_seen), config.rays_at(images_seen)
     images, planes, source, driver = model(
@@ -101,6 +127,6 @@ def loss_terms(config: ReconstructorRun, learner: Learner, batch: Batch, images_
     terms |= model.architecture.extra_losses(source, driver, planes, batch, model.render_at_rest)
     smoothness = losses.smoothness
     if smoothness.weight > 0 and (images_seen // config.batches.size) % smoothness.every == 0:
-        side, device = config.model.sampling.box_side, planes.device
-        terms["smoothness"] = smoothness_loss(smoothness, lambda points: model.field(planes, points)[1], len(batch), side, draws, device)
-    return terms
+        side = config.model.sampling.box_side
+        terms["smoothness"] = smoothness_loss(smoothness, lambda points: model.field(planes, points)[1], planes, side, draws)
+    return terms, images

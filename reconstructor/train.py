@@ -39,10 +39,13 @@ def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardC
     dataset = open_dataset(config.shards)
     notes = check_networks(config.network_files(), config.losses_of_all_stages(), config.missing_networks)
     notes += [f"{config.shards}: {note}" for note in check_data(config, dataset)]
+    if config.has_adversary:
+        sizes = (config.model.architecture.image_resolution, config.batches.size, process.world_size, config.micro_batch)
+        config.adversary.check(*sizes)
     for note in notes if process.is_main else ():
         print(note)
     saved = latest_checkpoint(config.out)
-    learner = build(config, open_plan(config.shards), process.device, warm=config.warm_start and saved is None)
+    learner = build(config, open_plan(config.shards), process.device, fresh=saved is None)
     around = circumstances(dataset, learner.frozen, learner.vectors)
     images_seen = restore(config, learner, saved, around) if saved else 0
     if is_finished(config, images_seen, process):

@@ -198,11 +198,11 @@ def test_smoothness_is_the_mean_difference_to_a_jittered_neighbour_inside_the_bo
         seen.append(points)
         return 10 * points[..., 0]
 
-    value = smoothness_loss(config, ramp, 2, 1.3, torch.Generator().manual_seed(0))
+    value = smoothness_loss(config, ramp, torch.zeros(2), 1.3, torch.Generator().manual_seed(0))
     here, there = seen[0].split(4000, dim=1)
     assert here.shape == (2, 4000, 3) and here.abs().max() <= 0.65 and here.abs().max() > 0.64
     assert (there - here).std().item() == pytest.approx(0.1, rel=0.05)
     # mean |N(0, 0.1^2)| = 0.1 sqrt(2 / pi); times slope 10, weight 0.25, every 4
     assert value.item() == pytest.approx(0.0797885 * 10, rel=0.05)
-    again = smoothness_loss(config, ramp, 2, 1.3, torch.Generator().manual_seed(0))
+    again = smoothness_loss(config, ramp, torch.zeros(2), 1.3, torch.Generator().manual_seed(0))
     assert torch.equal(value, again)

@@ -96,7 +96,7 @@ def test_image_motion_without_a_network_or_with_the_judge_s_is_refused(world, ti
 def test_with_the_switch_off_the_driver_s_picture_has_no_influence_and_with_it_on_it_has(world, tiny_perception, tmp_path):
     config = image_run(world, tmp_path / "run", tmp_path / "perception")
     vectors = MotionVectors("image", tiny_perception(tmp_path / "perception"))
-    model = build(config, open_plan(config.shards), torch.device("cpu"), warm=True).model
+    model = build(config, open_plan(config.shards), torch.device("cpu"), fresh=True).model
     enliven(model)
     source, rest, outputs = pictures(2), Motion.neutral(2), {}
     for scale in (0.0, 1.0):

@@ -38,7 +38,7 @@ def checkpoint_at(config, images_seen):
 
 
 def test_every_parameter_is_in_one_group_and_the_cross_attention_has_its_own(world, tmp_path):
-    model = build(world.run(tmp_path), open_plan(world.shards), torch.device("cpu"), warm=False).model
+    model = build(world.run(tmp_path), open_plan(world.shards), torch.device("cpu"), fresh=False).model
     groups = parameter_groups(model)
     assert list(groups) == ["cross_attention", "background", "architecture", "decoder", "superresolution"]
     assert sorted(id(parameter) for group in groups.values() for parameter in group) == sorted(map(id, model.parameters()))

@@ -22,20 +22,21 @@ from genhead.generator import load_genhead
 from genhead.train import GenHeadRun
 from head3d.cameras import frontal
 from head3d.labels import Motion, unpack_label
+from head3d.networks.discriminator import DiscriminatorConfig
 from head3d.run import distributed
 from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.config import from_dict, load_yaml, save_yaml
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
 from head3d.run.training import Divergence, check_finite
-from reconstructor import learner as learning
 from reconstructor import steps
 from reconstructor import train as training
+from reconstructor.adversary import AdversaryConfig
 from reconstructor.architecture import Driver
 from reconstructor.batches import BatchConfig, BatchStream
 from reconstructor.frozen_networks import FrozenNetworks
 from reconstructor.learner import build, check_data, circumstances
-from reconstructor.losses import LossConfig, TermConfig, labels_at, members_needed
+from reconstructor.losses import LossConfig, SmoothnessConfig, TermConfig, labels_at, members_needed
 from reconstructor.model import load_reconstructor
 from reconstructor.motion_vectors import MotionVectors
 from reconstructor.preview import preview_batch, preview_picture
@@ -45,11 +46,19 @@ from reconstructor.steps import loss_terms
 from reconstructor.train import train
 
 NO_NETWORKS, FLAME = FrozenNetworks(None, None), MotionVectors("flame")
+TINY_ADVERSARY = AdversaryConfig(
+    r1_every=2, discriminator=DiscriminatorConfig(resolution=32, channel_base=128, channel_max=8, mapping_layers=1)
+)
+TERMS_OF_NETWORKS = ("loss/perceptual_final", "loss/identity", "loss/adversarial", "discriminator/adversarial", "discriminator/r1")
 ALONE = distributed.Process(0, 1, torch.device("cpu"), True)
 
 
 def learner(config, warm=True):
-    return build(config, open_plan(config.shards), torch.device("cpu"), warm)
+    return build(dataclasses.replace(config, warm_start=warm), open_plan(config.shards), torch.device("cpu"), fresh=True)
+
+
+def adversarial(since):
+    return LossConfig(adversarial=TermConfig(0.01, since=since), smoothness=SmoothnessConfig(every=2, points=20))
 
 
 def first_batch(config):
@@ -106,24 +115,24 @@ def test_every_parameter_gets_a_gradient(world, tmp_path):
         for block in (*model.architecture.deexpression, *model.architecture.reenactment):
             block.cross_attention.output.weight.normal_(generator=torch.Generator().manual_seed(0))
         torch.nn.init.normal_(model.decoder.density.weight, generator=torch.Generator().manual_seed(0))
-    sum(loss_terms(config, one, first_batch(config), 0, torch.Generator()).values()).backward()
+    sum(loss_terms(config, one, first_batch(config), 0, torch.Generator())[0].values()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(world, tmp_path, monkeypatch):
-    """With rays that are not jittered; jitter is drawn for each micro-batch."""
-    config = world.run(tmp_path, losses=LossConfig(smoothness=dataclasses.replace(LossConfig().smoothness, weight=0.0)))
-    monkeypatch.setattr(steps, "torch_generator", lambda *keys, **settings: None)
-    monkeypatch.setattr(learning, "torch_generator", lambda *keys, **settings: None)
-    monkeypatch.setattr(learning, "weights_drawn_from", lambda generator: torch.random.fork_rng())
-    gradients = []
-    for micro in (4, 1):
-        torch.manual_seed(0)
-        one = learner(config)
+def test_accumulation_gives_the_gradients_of_the_whole_batch(world, tmp_path):
+    """The reconstructor's by jittered rays, and the discriminator's, of which a group of two samples is never torn."""
+    config, gradients = world.run(tmp_path, losses=adversarial(since=0), adversary=TINY_ADVERSARY), []
+    for micro in (4, 2):
+        one, found = learner(config), []
+
+        def keep(network=one.adversary.network, found=found):
+            found.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None]))
+
+        one.adversary.optimizer.step = keep  # by the pictures, then by the penalty
         steps.step(dataclasses.replace(config, micro_batch=micro), one, first_batch(config), 0, ALONE)
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()]))
-    together, one_by_one = gradients
-    assert (together - one_by_one).norm() < 1e-4 * together.norm()
+        gradients.append([*found, torch.cat([parameter.grad.flatten() for parameter in one.model.parameters()])])
+    for whole, by_halves in zip(*gradients, strict=True):
+        assert (whole - by_halves).norm() < 1e-4 * whole.norm()
 
 
 def test_a_run_learns_logs_and_exports(world, tmp_path):
@@ -146,8 +155,11 @@ def test_a_run_learns_logs_and_exports(world, tmp_path):
     assert (config.out / "export" / "model.safetensors").stat().st_mtime_ns == before  # a finished run is not repeated
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(world, tmp_path):
-    whole = world.run(tmp_path / "whole")
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(world, tmp_path, tiny_perception):
+    """With a perceptual term to the end of the first part, a discriminator that learns in both, and an identity term from the second on."""
+    tiny_perception(tmp_path / "perception")
+    losses = dataclasses.replace(adversarial(since=4), perceptual=TermConfig(1.0, until=8), identity=TermConfig(1.0, since=8))
+    whole = world.run(tmp_path / "whole", losses=losses, adversary=TINY_ADVERSARY, perception=tmp_path / "perception")
     parts = dataclasses.replace(whole, out=tmp_path / "parts", batches=BatchConfig(size=4, threads=0))
     train(whole)
     train(dataclasses.replace(parts, total_images=8))
@@ -156,7 +168,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(world, tmp_path):
     assert first.images_seen == second.images_seen == 16
     assert equal_tensors(first.tensors, second.tensors) == [] and first.state == second.state
     for one, other in zip(read_metrics(whole.out), read_metrics(parts.out), strict=True):
-        assert {k: v for k, v in one.items() if k.startswith("loss")} == {k: v for k, v in other.items() if k.startswith("loss")}
+        assert {k: v for k, v in one.items() if "speed" not in k} == {k: v for k, v in other.items() if "speed" not in k}
+    counts = {name: [name in line for line in read_metrics(whole.out)] for name in TERMS_OF_NETWORKS}
+    assert counts == {
+        "loss/perceptual_final": [True, True, False, False],
+        "loss/identity": [False, False, True, True],
+        "loss/adversarial": [False, True, True, True],
+        "discriminator/adversarial": [False, True, True, True],
+        "discriminator/r1": [False, False, True, False],  # every second step
+    }
+    tiny_perception(tmp_path / "perception", seed=1)
+    with pytest.raises(ConfigError, match="the run was started with networks .*'perceptual'.* another --out"):
+        train(dataclasses.replace(parts, total_images=20))
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(world, tmp_path, monkeypatch):
@@ -278,6 +301,9 @@ def test_the_paper_config_is_the_defaults_and_the_small_one_fits_its_generator(r
     assert [getattr(small.model, name) for name in shared] == [getattr(generator, name) for name in shared]
     assert small.model.architecture.image_resolution == generator.image_resolution
     assert small.model.architecture.plane_channels == generator.plane_channels
+    for run in (paper, small):
+        run.adversary.check(run.model.architecture.image_resolution, run.batches.size, processes=1, micro_batch=run.micro_batch)
+    assert small.adversary.discriminator == load_yaml(GenHeadRun, root / "configs" / "genhead_small.yaml").discriminator
     assert small.ema_images == 10_000 * small.batches.size / 32
 
 
@@ -297,7 +323,7 @@ def gradients_of(config):
         for block in (*one.model.architecture.deexpression, *one.model.architecture.reenactment):
             block.cross_attention.output.weight.normal_(std=0.1, generator=draws)
         one.model.decoder.density.weight.normal_(generator=draws)
-    terms = loss_terms(config, one, first_batch(config), 0, torch.Generator().manual_seed(1))
+    terms, _ = loss_terms(config, one, first_batch(config), 0, torch.Generator().manual_seed(1))
     sum(terms.values()).backward()
     assert all(value.dtype == torch.float32 for value in terms.values())
     gradients = {name: parameter.grad for name, parameter in one.model.named_parameters()}
@@ -346,12 +372,22 @@ def test_compiled_parts_give_the_losses_of_the_others(world, tmp_path):
     assert compiled == {name: pytest.approx(value, rel=1e-3) for name, value in terms.items()}
 
 
-def test_two_processes_train_together_and_one_goes_on(world, tmp_path, two_processes):
+def test_two_processes_do_what_one_does_and_one_goes_on(world, tmp_path, two_processes):
     stages = (StageConfig("first", images=4, freeze=("decoder",)), StageConfig("second"))
-    config = world.run(tmp_path / "run", total_images=8, stages=stages)
+    config = world.run(tmp_path / "run", total_images=8, stages=stages, losses=adversarial(since=0), adversary=TINY_ADVERSARY)
     save_yaml(config, tmp_path / "run.yaml")
     two_processes(["-m", "pipelines", "reconstructor", "--config", str(tmp_path / "run.yaml")])
-    assert [line["images_seen"] for line in read_metrics(config.out)] == [4, 8]
+    assert train(dataclasses.replace(config, out=tmp_path / "alone")) == 0
+    lines, alone = read_metrics(config.out), read_metrics(tmp_path / "alone")
+    assert [line["images_seen"] for line in lines] == [4, 8] and "discriminator/r1" in lines[0]
+    assert [line.keys() for line in lines] == [line.keys() for line in alone]
+    for together, one in zip(lines, alone, strict=True):
+        same = [name for name in one if name.startswith(("loss/", "discriminator/"))]
+        assert [together[name] for name in same] == pytest.approx([one[name] for name in same], rel=1e-4)
+    tensors, other = (latest_checkpoint(folder).tensors for folder in (config.out, tmp_path / "alone"))
+    for kind in ("model/", "discriminator/"):
+        mine, its = (torch.cat([value.flatten() for name, value in found.items() if name.startswith(kind)]) for found in (tensors, other))
+        assert (mine - its).norm() < 1e-4 * its.norm()
     saved = latest_checkpoint(config.out)
     steps = {g["name"]: float(saved.tensors[f"optimizer.{g['params'][0]}.step"]) for g in saved.state["optimizer"]["groups"]}
     assert steps["decoder"] == 1 and steps["architecture"] == 2  # the decoder was frozen in the first of two steps, in both processes
@@ -369,14 +405,14 @@ def test_the_average_follows_the_network_by_its_half_life(world, tmp_path):
     assert not torch.equal(before, one.averaged.decoder.color.weight)
 
 
-def test_rays_are_drawn_anew_for_every_step_rank_and_micro_batch(world, tmp_path, monkeypatch):
+def test_rays_are_drawn_anew_for_every_step_and_sample(world, tmp_path, monkeypatch):
     config, keys = world.run(tmp_path, micro_batch=2), []
     one, batch = learner(config), first_batch(config)
     original = steps.torch_generator
-    monkeypatch.setattr(steps, "torch_generator", lambda *key: keys.append(key) or original(*key))
+    monkeypatch.setattr(steps, "torch_generator", lambda *key, **device: keys.append(key) or original(*key))
     for seen, rank in ((0, 0), (4, 0), (4, 1)):
-        steps.step(config, one, batch, seen, ALONE._replace(rank=rank))
-    assert len(keys) == 6 and len(set(keys)) == 6
+        steps.step(config, one, batch, seen, ALONE._replace(rank=rank, world_size=2))
+    assert len(keys) == 12 and len(set(keys)) == 12
 
 
 def test_excluded_frames_are_not_trained_on_and_make_another_run(world, tmp_path):
