@@ -27,11 +27,12 @@ from head3d.run.files import atomic_folder, sha256_of_file, write_atomic
 from head3d.run.runlog import progress
 from head3d.surface import SurfaceConfig, save_mesh
 from reconstructor.avatar import Avatar
+from reconstructor.batches import as_picture
 from reconstructor.drivers import MotionReader, Pictures, drives_by_pictures, open_pictures, perception_reader, sequence_of
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport, load_reconstructor
 from reconstructor.motion_vectors import exported_motion_vectors
 from reconstructor.perception import load_perception
-from reconstructor.sequences import Sequence, built_in, from_file, of_labels, orbiting
+from reconstructor.sequences import Sequence, built_in, from_file, interpolate_directions, of_labels, orbiting
 from reconstructor.sources import ASTRONAUT, Crop, Source, held_out_frames, read_photograph, read_sample
 
 DEFAULT_FPS = 25.0
@@ -65,8 +66,8 @@ class DriveRun:
     crop: tuple[float, float, float] | None = None
     # .npy of the picture's 437-number label, intrinsics divided by width and height: says square, shape and motion; None = unknown
     source_label: Path | None = None
-    # "built-in" (smile, jaw, blink, gaze, turn), "shard" (motions of held-out identities), a file of FLAME motions (.npz, .npy), or
-    # pictures: a video file, a folder, or the number of a camera
+    # "built-in" (smile, jaw, blink, gaze, turn), "shard" (held-out identities, by label or picture), a file of FLAME motions (.npz, .npy),
+    # or pictures: a video file, a folder, or the number of a camera
     motion: str = "built-in"
     motion_count: PositiveInt = 8  # motions taken for motion "shard"
     # exported perception network that reads the motion of such pictures; a network of architecture.motion image has its own, which lay
@@ -219,8 +220,12 @@ def read_sequence(
         sequence = built_in(expression_names(export.head_model), config.frames_between, np.deg2rad(config.turn_deg))
     elif config.motion == "shard":
         frames = held_out_frames(dataset)[: config.motion_count]
-        labels = np.stack([dataset.read(frame, ["label"])["label"][0] for frame in frames])
-        sequence = of_labels(unpack_label(torch.from_numpy(labels)), config.frames_between)
+        samples = [dataset.read(frame, ["rgb.0", "label"]) for frame in frames]
+        sequence = of_labels(unpack_label(torch.from_numpy(np.stack([one["label"][0] for one in samples]))), config.frames_between)
+        if model.architecture.config.motion == "image":
+            pictures = torch.from_numpy(np.stack([as_picture(one["rgb.0"]) for one in samples]))
+            vectors = reader(pictures.to(next(model.parameters()).device)).vector
+            sequence = dataclasses.replace(sequence, vector=interpolate_directions(vectors, config.frames_between))
     elif drives_by_pictures(config.motion):
         with open_pictures(config.motion) as pictures:
             sequence, fps = _read_pictures(config, pictures, model, reader), pictures.fps

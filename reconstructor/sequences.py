@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
@@ -48,6 +49,11 @@ def interpolate(
     t = _smoothstep(frames_between).to(keys.dtype)[None, :, None]
     path = keys[:-1, None] * (1 - t) + keys[1:, None] * t
     return torch.cat([path.flatten(0, 1), keys[-1:]])
+
+
+def interpolate_directions(keys: Tensor, frames_between: int) -> Tensor:
+    """`interpolate` for vectors [K, D] of which the direction counts: between two keys their lengths are interpolated too, and kept."""
+    return F.normalize(interpolate(keys, frames_between), dim=1) * interpolate(keys.norm(dim=1, keepdim=True), frames_between)
 
 
 def _smoothstep(frames_between: int) -> Tensor:

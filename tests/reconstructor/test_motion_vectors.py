@@ -16,12 +16,15 @@ from head3d.run.checkpoint import exported_config, exported_hash, latest_checkpo
 from head3d.run.errors import AssetError, ConfigError
 from reconstructor.architecture import Driver
 from reconstructor.avatar import Avatar
-from reconstructor.batches import BatchConfig, BatchStream
-from reconstructor.drive import DriveRun, drive
+from reconstructor.batches import BatchConfig, BatchStream, as_picture
+from reconstructor.drive import DriveRun, drive, read_sequence
+from reconstructor.drivers import perception_reader
 from reconstructor.evaluate import EvaluateRun, Truths, draw_cases, evaluate, predict
 from reconstructor.learner import build
 from reconstructor.model import EXPORT_KIND, ReconstructorExport, load_reconstructor
 from reconstructor.motion_vectors import MotionVectors, exported_motion_vectors, open_motion_vectors
+from reconstructor.perception import load_perception
+from reconstructor.sources import held_out_frames
 from reconstructor.train import train
 
 
@@ -170,6 +173,18 @@ def test_pictures_drive_it_through_its_own_encoder_and_so_do_flame_motions(train
     assert "as the reader of the driver sees it" in capsys.readouterr().out
     built_in = dataclasses.replace(config, motion="built-in", frames_between=1, outputs=("sheet",))
     assert drive(built_in) == 0 and (config.out / "contact_sheet.png").exists()
+
+
+def test_held_out_samples_drive_it_by_their_pictures_and_their_cameras(world, trained):
+    config = DriveRun(reconstructor=trained.out / "export", shards=world.shards, motion="shard", motion_count=2, frames_between=2)
+    network, dataset = load_perception(trained.perception, "losses"), open_dataset(world.shards)
+    sequence, _ = read_sequence(config, dataset, load_reconstructor(config.reconstructor), perception_reader(network, "image"))
+    shown = [torch.from_numpy(as_picture(dataset.read(frame, ["rgb.0"])["rgb.0"])) for frame in held_out_frames(dataset)[:2]]
+    keys = network.motion(torch.stack(shown))
+    assert torch.allclose(sequence.vector[::2], keys, atol=1e-4)
+    between = keys.sum(0) / keys.sum(0).norm() * 548**0.5  # half-way, as long as a vector is
+    assert torch.allclose(sequence.vector[1], between, atol=1e-3) and len(sequence) == 3
+    assert not torch.equal(sequence.camera.c2w[0], sequence.camera.c2w[2])
 
 
 def test_an_avatar_of_such_a_network_takes_vectors_of_pictures(trained, tiny_perception, tmp_path):
