@@ -19,7 +19,8 @@ from reconstructor.avatar import Avatar
 from reconstructor.batches import BatchConfig, BatchStream, as_picture
 from reconstructor.drive import DriveRun, drive, read_sequence
 from reconstructor.drivers import perception_reader
-from reconstructor.evaluate import EvaluateRun, Truths, draw_cases, evaluate, predict
+from reconstructor.evaluate import EvaluateRun, evaluate, predict
+from reconstructor.evaluation_cases import Truths, draw_cases
 from reconstructor.learner import build
 from reconstructor.model import EXPORT_KIND, ReconstructorExport, load_reconstructor
 from reconstructor.motion_vectors import MotionVectors, exported_motion_vectors, open_motion_vectors
@@ -153,12 +154,13 @@ def test_it_is_evaluated_by_pictures_and_the_motion_of_labels_has_no_part_in_it(
     dataset, model = open_dataset(world.shards), load_reconstructor(config.reconstructor)
     enliven(model)
     truths = Truths(dataset, open_plan(world.shards), world.generator, "cpu")
-    sample = next(truths.sample(case) for case in draw_cases(dataset, config) if case.task == "cross_reenactment")
+    cases = draw_cases(dataset, config.split, config.seed, config.identities, config.samples)
+    sample = next(truths.sample(case) for case in cases if case.task == "cross_reenactment")
     vectors = exported_motion_vectors(config.reconstructor, None, "motion_encoder", "cpu")
     relabelled = sample.target_label.clone()
     relabelled[[*range(325, 425), 428]] += 1.0  # expression and jaw, not the neck
     variants = (sample, sample._replace(target_label=relabelled), sample._replace(driver_image=-sample.driver_image))
-    first, same, other = (predict(model, vectors, [one], "cross_reenactment", sample.truth)["ours"][0] for one in variants)
+    first, same, other = (predict(model, vectors, [one], "cross_reenactment", sample.truth)["ours"].image for one in variants)
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
