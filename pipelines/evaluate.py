@@ -17,6 +17,7 @@ OF_RECONSTRUCTOR = (
     "shards",
     "motion_encoder",
     "perception",
+    "tasks",
     "switch",
     "split",
     "identities",

@@ -27,6 +27,7 @@ from head3d.run.errors import ConfigError
 from head3d.run.files import write_atomic
 from head3d.run.seeding import torch_generator
 from reconstructor.evaluate import EvaluateRun, evaluate
+from reconstructor.evaluation_cases import Task
 from reconstructor.evaluation_page import SHEET_COLUMNS, own_error_html
 from reconstructor.evaluation_tables import cell
 from reconstructor.settings import ReconstructorRun
@@ -40,7 +41,7 @@ class Column(NamedTuple):
     """A number of the table, from the row `ours` of an evaluation."""
 
     title: str
-    task: str
+    task: Task
     metric: str
     higher_is_better: bool
 
@@ -136,6 +137,7 @@ def evaluation_of(config: AblationRun, training: ReconstructorRun) -> EvaluateRu
         shards=config.shards,
         generator=config.generator,
         perception=config.perception,
+        tasks=tuple(dict.fromkeys(column.task for column in COLUMNS)),
         switch=switch,
         identities=config.identities,
         samples=config.samples,

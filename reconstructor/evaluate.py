@@ -27,7 +27,7 @@ from head3d.run.config import NonNegativeInt, PositiveInt, save_yaml, to_dict
 from head3d.run.files import read_results, write_atomic, write_csv
 from head3d.run.runlog import progress
 from reconstructor.architecture import Driver
-from reconstructor.evaluation_cases import STATIC_TASKS, Case, Pictured, Sample, Truths, batches_of, bin_of, draw_cases
+from reconstructor.evaluation_cases import STATIC_TASKS, TASKS, Case, Pictured, Sample, Task, Truths, batches_of, bin_of, draw_cases
 from reconstructor.evaluation_measures import METRICS, STEADINESS_METRICS, mean_training_image, measure, steadiness
 from reconstructor.evaluation_page import SHEET_COLUMNS, evaluation_page
 from reconstructor.evaluation_tables import ALL_METRICS, flat_rows, summarise, text_table
@@ -53,6 +53,7 @@ class EvaluateRun:
     generator: Path | None = None  # exported generator that renders the truth; None = the one that the shards record
     motion_encoder: Path | None = None  # exported perception network whose motion vectors it reads; None = the one it records
     perception: Path | None = None  # exported perception network of role evaluation; None = only what needs no network is measured
+    tasks: tuple[Task, ...] = TASKS  # what is measured
     switch: bool = True  # static lift and novel view with the cross-attention off; false: the source's own motion drives there
     split: Literal["val", "test"] = "test"  # identities used
     identities: PositiveInt = 200  # at most this many source identities a task
@@ -92,7 +93,7 @@ def evaluate(config: EvaluateRun) -> int:
     }
     finished = config.out / "evaluation.json"
     if there := read_results(finished, record):
-        print(f"{finished}: measured before, with the same settings\n{text_table(there['tasks'])}")
+        print(f"{finished}: measured before, with the same settings\n{text_table(there['tasks'], config.tasks)}")
         print_own_error(there)
         return 0
     measured = measure_all(config, plan)
@@ -102,7 +103,7 @@ def evaluate(config: EvaluateRun) -> int:
     if config.perception is not None:
         result |= {"metrics": units | PICTURE_UNITS, "perception_errors": load_errors(config.perception)}
     write_results(config, result, measured)
-    print(text_table(tasks))
+    print(text_table(tasks, config.tasks))
     print_own_error(result)
     return 0
 
@@ -122,7 +123,7 @@ def measure_all(config: EvaluateRun, plan: Plan) -> Measured:
     truths = Truths(dataset, plan, config.generator or Path(plan.generator.folder), device)
     mean_image = mean_training_image(dataset, config.mean_images, config.seed)
     network = None if config.perception is None else load_perception(config.perception, "evaluation", device)
-    cases = draw_cases(dataset, config.split, config.seed, config.identities, config.samples)
+    cases = draw_cases(dataset, config.split, config.seed, config.identities, config.samples, config.tasks)
     records: list[dict[str, Any]] = []
     pictures: dict[str, list[np.ndarray]] = {}
     with progress(len(cases), "evaluate", unit="sample") as bar:

@@ -13,9 +13,9 @@ picture of the data set, the same rendering of it shows how near to that picture
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ from head3d.run.seeding import numpy_generator
 from reconstructor.batches import as_picture
 from reconstructor.sequences import interpolate_motion
 
-TASKS = ("static_lift", "novel_view", "self_reenactment", "cross_reenactment", "steadiness")
+Task = Literal["static_lift", "novel_view", "self_reenactment", "cross_reenactment", "steadiness"]
+TASKS: tuple[Task, ...] = get_args(Task)
 STORED_TASKS = ("static_lift", "self_reenactment")  # the truth is a picture of the data set; elsewhere it is rendered
 STATIC_TASKS = ("static_lift", "novel_view")  # the target's motion is the source's
 NOVEL_YAWS_DEG = (-60, -45, -30, -15, 0, 15, 30, 45, 60)  # of the camera that the novel view is seen from
@@ -165,8 +166,8 @@ def bins_of(task: str) -> list[str]:
             return []
 
 
-def draw_cases(dataset: ShardDataset, split: str, seed: int, identities: int, samples: int) -> list[Case]:
-    """The samples of all tasks, by task and source identity; a pure function of (frames, seed, counts).
+def draw_cases(dataset: ShardDataset, split: str, seed: int, identities: int, samples: int, tasks: Sequence[Task] = TASKS) -> list[Case]:
+    """The samples of the tasks, by task and source identity; those of a task are a pure function of (frames, seed, counts).
 
     At most `identities` source identities a task, `samples` samples of each; one sequence of each for steadiness.
     Raises DataError if the split holds no identity.
@@ -186,7 +187,7 @@ def draw_cases(dataset: ShardDataset, split: str, seed: int, identities: int, sa
         frame for identity in everyone for frame in by_identity[identity]
     ]
     cases = []
-    for task in TASKS:
+    for task in tasks:
         able = [identity for identity in everyone if _can(task, by_identity[identity], drivers)]
         chosen = numpy_generator(seed, "evaluate", task).permutation(able)[:identities]
         for identity in sorted(int(value) for value in chosen):

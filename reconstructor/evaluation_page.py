@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from head3d.pages import data_url, figure, page, section, table
-from reconstructor.evaluation_tables import cell, left_out, metrics_of, parts_of, size_of
+from reconstructor.evaluation_tables import cell, left_out, metrics_of, size_of
 from reconstructor.perception_errors import own_errors
 
 _PICTURES = "source, driver, ours, truth, error (violet 0 to yellow 0.5 and more)"
@@ -29,8 +29,10 @@ _NOTES = {
 _ROWS = (
     "ours: the reconstructor. copy source: the source picture. mean image: the mean of training pictures. rerendered: the generator's "
     "rendering of the target's recipe against the stored picture, which nothing can beat. truth: the truth itself as the perception "
-    "network reads it. All are means over identities with a 95 % bootstrap interval over identities."
+    "network reads it. All are means over identities with a 95 % bootstrap interval over identities. Parts of a task are shown with the "
+    "number of their samples."
 )
+_PARTED = ("ours", "copy_source")  # rows that are shown in parts; table.csv has all
 _WIDTH_PX = 900  # of a sheet on the page, at most
 
 
@@ -41,8 +43,8 @@ def evaluation_page(result: dict[str, Any], sheets: dict[str, np.ndarray]) -> st
     sections = [section("Rows", _ROWS, "")]
     for task, content in result["tasks"].items():
         note = f"{_NOTES[task]} {size_of(content)}."
-        sections.append(section(_words(task).capitalize(), note, _table(content) + _sheet(task, sheets[task])))
-    if missing := left_out(result["tasks"]):
+        sections.append(section(_words(task).capitalize(), note, _tables(content) + _sheet(task, sheets[task])))
+    if missing := left_out(result["tasks"], result["settings"]["tasks"]):
         note = f"The held-out identities do not allow: {', '.join(map(_words, missing))}."
         sections.append(section("Left out", note, ""))
     sections.append(section("Metrics", "Units and directions.", table(("metric", "unit"), result["metrics"].items())))
@@ -53,15 +55,17 @@ def evaluation_page(result: dict[str, Any], sheets: dict[str, np.ndarray]) -> st
     return page("Evaluation of a reconstructor", lead, "\n".join(sections))
 
 
-def _table(content: dict[str, Any]) -> str:
-    metrics = metrics_of(content["rows"])
-    lines = [
-        ("all" if part is None else part, _words(row), *(cell(values.get(metric), metric) for metric in metrics), of["samples"])
-        for part, of in parts_of(content)
-        for row, values in of["rows"].items()
-        if values
-    ]
-    return table(("part", "row", *map(_words, metrics), "samples"), lines)
+def _tables(content: dict[str, Any]) -> str:
+    """A line a metric: every row of the whole task, then the rows of _PARTED in its parts."""
+    rows, bins = content["rows"], content["bins"]
+    metrics = metrics_of(rows)
+    lines = [(_words(metric), *(cell(values.get(metric), metric) for values in rows.values())) for metric in metrics]
+    tables = [table(("", *map(_words, rows)), lines)]
+    for row in _PARTED if bins else ():
+        shown = [metric for metric in metrics if metric in rows[row]]
+        lines = [(_words(metric), *(cell(part["rows"][row].get(metric), metric) for part in bins.values())) for metric in shown]
+        tables.append(table((_words(row), *(f"{name} ({part['samples']})" for name, part in bins.items())), lines))
+    return "".join(tables)
 
 
 def _sheet(task: str, sheet: np.ndarray) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,23 +83,23 @@ def cell(interval: dict[str, float] | None, metric: str) -> str:
     return f"{interval['mean']:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
 
 
-def text_table(tasks: dict[str, dict[str, Any]]) -> str:
-    """The summary as text, without the parts of tasks."""
+def text_table(tasks: dict[str, dict[str, Any]], asked: Sequence[str] = TASKS) -> str:
+    """The summary as text, without the parts of tasks; `asked` are the tasks that should be in it."""
     lines = []
     for task, content in tasks.items():
         lines.append(f"{task.replace('_', ' ')}: {size_of(content)}; mean [95 % interval over identities]")
         shown = metrics_of(content["rows"])
         for start in range(0, len(shown), 4):
             lines += _block(content["rows"], shown[start : start + 4])
-    missing = left_out(tasks)
+    missing = left_out(tasks, asked)
     if missing:
         lines.append(f"left out, because the held-out identities do not allow it: {', '.join(missing)}")
     return "\n".join(lines)
 
 
-def left_out(tasks: Iterable[str]) -> list[str]:
+def left_out(tasks: Collection[str], asked: Sequence[str]) -> list[str]:
     """Tasks that the held-out identities do not allow."""
-    return [task for task in TASKS if task not in set(tasks)]
+    return [task for task in asked if task not in tasks]
 
 
 def _block(rows: Scores, metrics: list[str]) -> list[str]:

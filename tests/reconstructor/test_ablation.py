@@ -44,6 +44,7 @@ def test_the_rows_that_come_with_the_project_differ_as_their_files_say():
     }
     learned = {name: evaluation_of(RUN, run).switch for name, run in runs.items()}
     assert learned == {"A": False, "B": True, "C": False, "D": False, "E": True}
+    assert evaluation_of(RUN, runs["E"]).tasks == ("static_lift", "cross_reenactment")
     same = [dataclasses.replace(run, out=Path(), batches=runs["E"].batches) for name, run in runs.items() if name != "A"]
     assert same == [same[-1]] * 4
 

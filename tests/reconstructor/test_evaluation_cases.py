@@ -42,6 +42,8 @@ def cases(dataset):
 def test_cases_hold_out_identities_and_follow_their_task(dataset, cases):
     assert {case.task for case in cases} == set(TASKS) and cases == draw_cases(dataset, "test", 0, 200, 2)
     assert cases != draw_cases(dataset, "test", 1, 200, 2)
+    few = ("static_lift", "cross_reenactment")
+    assert draw_cases(dataset, "test", 0, 200, 2, few) == [case for case in cases if case.task in few]
     for case in cases:
         assert case.source.split == case.driver.split == "test" and (case.yaw_deg is None) == (case.task != "novel_view")
         match case.task:
