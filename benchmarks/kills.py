@@ -1,15 +1,20 @@
 """Kill data generation at random, twenty times, and compare every byte with an undisturbed run.
 
-    python benchmarks/kills.py [--kills 20] [--workers 2] [--seed 0]
+    python benchmarks/kills.py [--kills 20] [--workers 2] [--seed 0] [--out FILE.json]
 
-A kill is SIGKILL to one worker, or to the program that hands out the shards; then the same command is called again. Worker and moment
-are drawn from the seed; a moment is some shards and a part of a second after the last kill. Linux: processes are found in /proc.
+A kill is SIGKILL to one worker, or to the program that hands out the shards and, up to two seconds later, to what it leaves of Ray, as
+when a machine goes down by and by; then the same command is called again. Who and when are drawn from the seed; a moment is some shards
+and a part of a second after the last kill. At the end the set is made twice more, by one process and by five workers, and compared.
+Linux: processes are found in /proc.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from head3d.run.files import write_atomic
 from head3d.run.seeding import numpy_generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,18 +39,35 @@ def main() -> int:
     arguments.add_argument("--kills", type=int, default=20, help="how many")
     arguments.add_argument("--workers", type=int, default=2, help="Ray workers")
     arguments.add_argument("--seed", type=int, default=0, help="of who is killed, and when")
-    options = arguments.parse_args()
+    arguments.add_argument("--out", type=Path, default=None, help="where the result is written as JSON")
+    options, begun = arguments.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        killed, whole = Path(folder) / "killed", Path(folder) / "whole"
-        shards = 3 * options.kills + 2 * options.workers  # so that the last kill finds work
+        killed, whole, five = (Path(folder) / name for name in ("killed", "whole", "five"))
+        shards = 2 * options.kills + 2 * options.workers  # so that the last kill finds work
         kills = disturb(killed, shards, options.workers, options.kills, numpy_generator(options.seed, "kills"))
-        run(whole, shards, workers=0).wait()
-        here, there = digests(killed), digests(whole)
-        different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-        made = len((killed / "log.jsonl").read_text().splitlines())
-        print(f"{len(kills)} kills, {kills.count('driver')} of them of the driver; {shards} shards, {made} reported")
-        print(f"{len(there)} files compared, {len(different)} differ or are missing or left over: {different[:5]}")
-        return 1 if different or len(kills) < options.kills else 0
+        for out, workers in ((whole, 0), (five, 5)):
+            finish(run(out, shards, workers), out)
+        expected = digests(whole)
+        different = {out.name: differing(digests(out), expected) for out in (killed, five)}
+        result = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "kills": len(kills),
+            "kills_of_the_driver": kills.count("driver"),
+            "workers": options.workers,
+            "seed": options.seed,
+            "shards": shards,
+            "files_compared": len(expected),
+            "files_that_differ_after_the_kills": len(different["killed"]),
+            "files_that_differ_with_five_workers": len(different["five"]),
+            "minutes": round((time.monotonic() - begun) / 60, 1),
+        }
+    print(json.dumps(result, indent=1))
+    for out, names in different.items():
+        if names:
+            print(f"{out}: {len(names)} of {len(expected)} files differ, are missing or left over: {', '.join(names[:5])}")
+    if options.out is not None:
+        write_atomic(options.out, json.dumps(result, indent=1) + "\n")
+    return 1 if any(different.values()) or len(kills) < options.kills else 0
 
 
 def run(out: Path, shards: int, workers: int) -> subprocess.Popen:
@@ -66,7 +89,7 @@ def disturb(out: Path, shards: int, workers: int, count: int, rng: np.random.Gen
     kills: list[str] = []
     driver = run(out, shards, workers)
     try:
-        while len(kills) < count and reached(out, made_shards(out) + int(rng.integers(1, 4)), driver):
+        while len(kills) < count and reached(out, made_shards(out) + int(rng.integers(1, 3)), driver):
             victim = "driver" if rng.random() < 0.3 else "worker"
             time.sleep(rng.uniform(0, 0.5))
             descendants = {pid: name_of(pid) for pid in children(driver.pid)}
@@ -74,7 +97,8 @@ def disturb(out: Path, shards: int, workers: int, count: int, rng: np.random.Gen
             if victim == "driver":
                 driver.kill()
                 driver.wait()
-                gone(descendants)
+                time.sleep(rng.uniform(0, 2))  # workers go on meanwhile
+                end(descendants)
                 driver = run(out, shards, workers)
             elif candidates:
                 os.kill(candidates[int(rng.integers(len(candidates)))], signal.SIGKILL)
@@ -82,8 +106,7 @@ def disturb(out: Path, shards: int, workers: int, count: int, rng: np.random.Gen
                 continue
             kills.append(victim)
             print(f"kill {len(kills)}: {victim}, after {made_shards(out)} of {shards} shards", flush=True)
-        if driver.wait():
-            raise SystemExit(f"the run ended with status {driver.returncode}:\n{said_by(out).read_text()[-5000:]}")
+        finish(driver, out)
     finally:
         driver.kill()
     return kills
@@ -129,13 +152,27 @@ def name_of(pid: int) -> str:
         return ""
 
 
-def gone(processes: dict[int, str]) -> None:
-    """Wait until none of the processes runs: Ray ends them when their driver is gone. Numbers are used again, by others."""
+def end(processes: dict[int, str]) -> None:
+    """Kill what still runs of the processes, and wait until none does. Numbers are used again, by others."""
     deadline = time.monotonic() + LIMIT_S
-    while running := [name for pid, name in processes.items() if name and name_of(pid) == name]:
+    while running := [pid for pid, name in processes.items() if name and name_of(pid) == name]:
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
-            raise SystemExit(f"still running after the driver's death: {running}")
+            raise SystemExit(f"still running after SIGKILL: {running}")
         time.sleep(0.1)
+
+
+def finish(driver: subprocess.Popen, out: Path) -> None:
+    """Wait for a run to end well."""
+    if driver.wait():
+        raise SystemExit(f"the run ended with status {driver.returncode}:\n{said_by(out).read_text()[-5000:]}")
+
+
+def differing(here: dict[str, str], there: dict[str, str]) -> list[str]:
+    """Names of files that are not in both with the same content."""
+    return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
 
 
 def digests(folder: Path) -> dict[str, str]:

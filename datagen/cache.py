@@ -18,7 +18,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -53,14 +53,18 @@ class Tar(NamedTuple):
 @contextlib.contextmanager
 def open_cache(config: CacheConfig, place: Storage | Path | str) -> Iterator[ShardCache | None]:
     """The cache for a place; None if it is a local folder, which needs none."""
-    storage = open_storage(place)
-    if isinstance(storage, LocalFolder):
-        yield None
-    elif config.folder is not None:
-        yield ShardCache(storage, config.folder, round(config.gigabytes * 1e9))
-    else:
-        with scratch_folder() as folder:
-            yield ShardCache(storage, folder, round(config.gigabytes * 1e9))
+    with open_caches(config, [place]) as caches:
+        yield caches[0]
+
+
+@contextlib.contextmanager
+def open_caches(config: CacheConfig, places: Sequence[Storage | Path | str]) -> Iterator[list[ShardCache | None]]:
+    """The cache for each place, as `open_cache`; all of them share one folder and its limit."""
+    storages, limit = [open_storage(place) for place in places], round(config.gigabytes * 1e9)
+    remote = [not isinstance(storage, LocalFolder) for storage in storages]
+    with contextlib.ExitStack() as stack:
+        folder = config.folder if config.folder is not None or not any(remote) else stack.enter_context(scratch_folder())
+        yield [ShardCache(storage, folder, limit) if far else None for storage, far in zip(storages, remote, strict=True)]
 
 
 class ShardCache:
@@ -68,6 +72,7 @@ class ShardCache:
 
     def __init__(self, storage: Storage, folder: Path, limit: int) -> None:
         self.storage, self.folder, self.limit = storage, folder, limit
+        self._damaged: dict[Tar, str] = {}  # what was fetched in vain, and what was wrong
 
     def open(self, tar: Tar) -> BinaryIO:
         """A copy, opened to read; fetched first if it is not there.
@@ -76,6 +81,8 @@ class ShardCache:
         """
         file = self._there(tar)
         if file is None:
+            if tar in self._damaged:
+                raise DataError(self._damaged[tar])
             with self._alone():
                 file = self._there(tar)  # somebody else may have fetched it meanwhile
                 if file is None:
@@ -133,7 +140,7 @@ class ShardCache:
     def _fetch(self, tar: Tar) -> None:
         sweep_temporary(self.folder)  # of killed processes, for nobody else is fetching
         self._make_room(tar)
-        for attempt in (1, 2):
+        for _ in range(2):
             with contextlib.suppress(_Damaged), atomic_path(self._path(tar)) as temporary, temporary.open("wb") as file:
                 digest = hashlib.sha256()
                 for piece in self._pieces(tar):
@@ -142,9 +149,9 @@ class ShardCache:
                 if digest.hexdigest() != tar.sha256:
                     raise _Damaged
                 return
-            if attempt == 2:
-                path = self.storage.where(tar.name)
-                raise DataError(f"{path}: fetched twice, its SHA-256 is {digest.hexdigest()}, expected {tar.sha256}; {remedy(path)}")
+        path = self.storage.where(tar.name)
+        self._damaged[tar] = f"{path}: fetched twice, its SHA-256 is {digest.hexdigest()}, expected {tar.sha256}; {remedy(path)}"
+        raise DataError(self._damaged[tar])
 
     def _pieces(self, tar: Tar) -> Iterator[bytes]:
         def read(start: int) -> bytes:
@@ -176,15 +183,22 @@ class _Damaged(Exception):
     """What arrived is not what was asked for."""
 
 
-class FetchAhead:
-    """A thread that brings files into a cache in the order in which they will be wanted, as far ahead as the cache has room.
+class Copy(NamedTuple):
+    """A remote file, and the cache that it is read through."""
 
-    wanted: (sample, files that it is read from), endless and ascending; the reader reports with `passed` how far it is. What cannot be
-    fetched is left to the reader, who will meet the same error and report it.
+    cache: ShardCache
+    tar: Tar
+
+
+class FetchAhead:
+    """A thread that brings files into caches in the order in which they will be wanted, as far ahead as there is room.
+
+    wanted: (sample, files that it is read from), endless and ascending; the reader reports with `passed` how far it is. limit: bytes of
+    all caches together. What cannot be fetched is left to the reader, who will meet the same error; it is tried again until he has.
     """
 
-    def __init__(self, cache: ShardCache, wanted: Iterable[tuple[int, Iterable[Tar]]]) -> None:
-        self._cache, self._wanted = cache, wanted
+    def __init__(self, wanted: Iterable[tuple[int, Iterable[Copy]]], limit: int) -> None:
+        self._wanted, self._limit = wanted, limit
         self._passed, self._closed = 0, False
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="fetch-ahead", daemon=True)
@@ -205,30 +219,30 @@ class FetchAhead:
 
     def _run(self) -> None:
         with contextlib.suppress(FoundryError):
-            ahead: dict[Tar, int] = {}  # files from here to where the thread is -> the last sample that is known to want them
-            for sample, tars in self._wanted:
+            ahead: dict[Copy, int] = {}  # files from here to where the thread is -> the last sample that is known to want them
+            for sample, copies in self._wanted:
                 self._wait(lambda: sample - self._passed <= SAMPLES_AHEAD)  # noqa: B023
-                for tar in tars:
-                    if tar not in ahead:
-                        self._wait(lambda: self._fits(tar, ahead))  # noqa: B023
-                        self._fetch(tar)
-                    ahead[tar] = sample
+                for copy in copies:
+                    if copy not in ahead:
+                        self._wait(lambda: self._fits(copy, ahead))  # noqa: B023
+                        self._fetch(copy, sample)
+                    ahead[copy] = sample
                 if self._closed:
                     return
 
-    def _fits(self, tar: Tar, ahead: dict[Tar, int]) -> bool:
+    def _fits(self, copy: Copy, ahead: dict[Copy, int]) -> bool:
         """Whether one more file leaves room for those that are still wanted; forgets those that are not."""
         for other in [other for other, last in ahead.items() if last < self._passed]:
             del ahead[other]
-            self._cache.finished(other)
-        return sum(other.size for other in ahead) + tar.size <= self._cache.limit
+            other.cache.finished(other.tar)
+        return sum(other.tar.size for other in ahead) + copy.tar.size <= self._limit
 
-    def _fetch(self, tar: Tar) -> None:
-        while not self._closed:
+    def _fetch(self, copy: Copy, sample: int) -> None:
+        while not self._closed and self._passed <= sample:
             try:
-                self._cache.open(tar).close()
+                copy.cache.open(copy.tar).close()
             except DataError:
-                self._wait(lambda: False, _PATIENCE_S)
+                self._wait(lambda: self._passed > sample, _PATIENCE_S)
             else:
                 return
 

@@ -55,6 +55,7 @@ class FrameEntry(NamedTuple):
     split: str  # train, val or test
     views: int
     members: Mapping[str, Place]  # by the name that is asked for; looked up when it is used
+    dataset: int = 0  # its number among data sets that are read together
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datagen.cache import FetchAhead, ShardCache, Tar
+from datagen.cache import Copy, FetchAhead, ShardCache, Tar
 from datagen.exclusion import Exclusion
 from datagen.index import INDEX, FrameEntry, Frames, Index, build_index
 from datagen.members import FAMILIES, Family, Scales, decode, dequantise, read_member_entries
@@ -46,44 +46,28 @@ class ShardDataset:
         self.members = read_member_entries(manifest["members"], storage.where("dataset.json"))
         self._image_format = manifest["settings"]["shards"]["image_format"]
         self.tars = {name: Tar(name, *facts) for name, facts in index.tars().items()}
-        self._cache: ShardCache | None = None
+        self.cache: ShardCache | None = None  # what it is read through
         self.excluded = Exclusion.from_manifest(manifest, storage.where("dataset.json"))
         self.frames: Sequence[FrameEntry] = Frames(index, self.excluded)
         self.excluded_count = self.frames.excluded  # frames that are there but not read
+        self.dataset_count = 1  # see `reconstructor.mixture`
         self._forget_maps()
 
     def through(self, cache: ShardCache | None) -> ShardDataset:
         """The same data set, read through a cache (none: as it is)."""
         dataset = copy.copy(self)  # by __getstate__, so that it maps files of its own
-        dataset._cache = cache
+        dataset.cache = cache
         return dataset
 
     def fetch_ahead(self, wanted: Iterable[tuple[int, FrameEntry, frozenset[str]]], shards: int) -> FetchAhead | None:
-        """A thread that fetches what will be read into the cache; none if there is no cache.
+        """As the function `fetch_ahead`, of this data set alone."""
+        return fetch_ahead([self], wanted, shards)
 
-        wanted: (sample, frame, members), endless and ascending, of which `shards` shards are read at a time. Raises ConfigError if the
-        cache cannot hold that many.
-        """
-        if self._cache is None:
-            return None
-        sizes = collections.Counter()
-        for tar in self.tars.values():
-            sizes[tar.name.rpartition("/")[2]] += tar.size
-        together = sum(sorted(sizes.values())[-shards:])
-        if together > self._cache.limit:
-            raise ConfigError(
-                f"cache.gigabytes: {self._cache.limit / 1e9:g} cannot hold the {shards} shards of {self.storage.where()} that are read at "
-                f"a time, up to {together / 1e9:.3g}; give the cache more room, or lower batches.shuffle_window"
-            )
-        known: dict[tuple[int, frozenset[str]], set[Tar]] = {}  # the frames of a shard lie in the same files
-
-        def tars(frame: FrameEntry, members: frozenset[str]) -> set[Tar]:
-            key = frame.shard, members
-            if key not in known:
-                known[key] = {self.tars[frame.members[name].tar] for name in members}
-            return known[key]
-
-        return FetchAhead(self._cache, ((sample, tars(frame, members)) for sample, frame, members in wanted))
+    def copies(self, entry: FrameEntry, members: Iterable[str]) -> frozenset[Copy]:
+        """The files of the cache that members of a frame are read from; none if there is no cache."""
+        if self.cache is None:
+            return frozenset()
+        return frozenset(Copy(self.cache, self.tars[entry.members[name].tar]) for name in members)
 
     def read(self, entry: FrameEntry, members: Sequence[str], dequantised: bool = True) -> dict[str, Any]:
         """Members of one frame by name: 'rgb.0', 'opacity', 'label', 'depth', 'json', 'identity.background', ...
@@ -91,7 +75,7 @@ class ShardDataset:
         Pictures are uint8 [H, W, 3], 'parts' uint8, 'json' a dict, everything else float32 in scene units or [0, 1]; with
         dequantised=False arrays come as stored. Raises DataError naming file, key and member if one is missing or damaged.
         """
-        each = map if self._cache is not None else self.storage.each  # requests travel side by side
+        each = map if self.cache is not None else self.storage.each  # requests travel side by side
         return dict(zip(members, each(lambda name: self._read_member(entry, name, dequantised), members), strict=True))
 
     def _read_member(self, entry: FrameEntry, name: str, dequantised: bool) -> Any:
@@ -104,7 +88,7 @@ class ShardDataset:
         path = self.storage.where(tar)
         data = self._bytes_of(tar, offset, size)
         where = f"{path}: key {entry.key}, member {name!r} at byte {offset}"
-        if self._cache is not None and self.checksums and zlib.crc32(data) != checksum:  # its copy was damaged since it arrived
+        if self.cache is not None and self.checksums and zlib.crc32(data) != checksum:  # its copy was damaged since it arrived
             self._forget(tar)
             data = self._bytes_of(tar, offset, size)
         if self.checksums and zlib.crc32(data) != checksum:
@@ -117,7 +101,7 @@ class ShardDataset:
         return dequantise(value, member, self.scales) if dequantised and member.kind == "array" else value
 
     def _bytes_of(self, tar: str, offset: int, size: int) -> bytes | memoryview:
-        if self._cache is not None or isinstance(self.storage, LocalFolder):
+        if self.cache is not None or isinstance(self.storage, LocalFolder):
             return memoryview(self._map(self.tars[tar]))[offset : offset + size]
         try:
             return self.storage.read(tar, offset, offset + size)
@@ -132,7 +116,7 @@ class ShardDataset:
                 return self._maps[tar.name]
         path = self.storage.where(tar.name)
         try:  # without the lock: others read on while a file is fetched
-            with Path(path).open("rb") if self._cache is None else self._cache.open(tar) as file:
+            with Path(path).open("rb") if self.cache is None else self.cache.open(tar) as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             raise DataError(f"{path}: could not be opened ({error}); {remedy(path)}") from error
@@ -142,24 +126,24 @@ class ShardDataset:
             self._maps[tar.name] = mapped
             if len(self._maps) > _OPEN_FILES:
                 self._maps.popitem(last=False)  # unmapped when the last reader lets go of it
-            if self._cache is not None:  # a copy that went takes up room until nobody maps it
-                for name in [name for name in self._maps if not self._cache.holds(self.tars[name])]:
+            if self.cache is not None:  # a copy that went takes up room until nobody maps it
+                for name in [name for name in self._maps if not self.cache.holds(self.tars[name])]:
                     del self._maps[name]
         return mapped
 
     def _is_kept(self, tar: Tar) -> bool:
         """Tell the cache that a copy is in use, once in a while; False if it went meanwhile, so that its room on the disk is given back."""
         now = time.monotonic()
-        if self._cache is None or now < self._told.get(tar.name, 0.0) + _TELL_EVERY_S:
+        if self.cache is None or now < self._told.get(tar.name, 0.0) + _TELL_EVERY_S:
             return True
         self._told[tar.name] = now
-        return self._cache.used(tar)
+        return self.cache.used(tar)
 
     def _forget(self, tar: str) -> None:
         """Drop a damaged copy."""
         with self._lock:
             self._maps.pop(tar, None)
-            self._cache.drop(self.tars[tar])
+            self.cache.drop(self.tars[tar])
 
     def _forget_maps(self) -> None:
         self._maps: collections.OrderedDict[str, mmap.mmap] = collections.OrderedDict()
@@ -172,6 +156,39 @@ class ShardDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget_maps()
+
+
+def fetch_ahead(
+    datasets: Sequence[ShardDataset], wanted: Iterable[tuple[int, FrameEntry, frozenset[str]]], shards: int
+) -> FetchAhead | None:
+    """A thread that fetches what will be read into the caches of some data sets; none if they have no cache.
+
+    wanted: (sample, frame, members), endless and ascending, of which `shards` shards are read at a time. Raises ConfigError if the
+    caches, which share their room, cannot hold that many.
+    """
+    cached = [dataset for dataset in datasets if dataset.cache is not None]
+    if not cached:
+        return None
+    limit, sizes = cached[0].cache.limit, collections.Counter()
+    for number, dataset in enumerate(cached):
+        for tar in dataset.tars.values():
+            sizes[number, tar.name.rpartition("/")[2]] += tar.size
+    together = sum(sorted(sizes.values())[-shards:])
+    if together > limit:
+        where = ", ".join(dataset.storage.where() for dataset in cached)
+        raise ConfigError(
+            f"cache.gigabytes: {limit / 1e9:g} cannot hold the {shards} shards of {where} that are read at a time, up to "
+            f"{together / 1e9:.3g}; give the cache more room, or lower batches.shuffle_window"
+        )
+    known: dict[tuple[int, frozenset[str]], frozenset[Copy]] = {}  # the frames of a shard lie in the same files
+
+    def copies(frame: FrameEntry, members: frozenset[str]) -> frozenset[Copy]:
+        key = frame.shard, members
+        if key not in known:
+            known[key] = datasets[frame.dataset].copies(frame, members)
+        return known[key]
+
+    return FetchAhead(((sample, copies(frame, members)) for sample, frame, members in wanted), limit)
 
 
 def open_dataset(place: Storage | Path | str, checksums: bool = True) -> ShardDataset:

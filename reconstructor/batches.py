@@ -1,10 +1,7 @@
-"""Training batches of (source, driver, target), streamed from shards by byte offsets.
+"""Training batches of (source, driver, target), streamed from shards by byte offsets in the order of `reconstructor.order`.
 
-The order is endless and a pure function of (frames, seed, position): position n is static or dynamic by an even pattern, so every
-global batch holds an exact share of each; each of the two kinds runs through its frames epoch by epoch, shards permuted, frames
-permuted inside windows of shards. The state of the stream is therefore one integer, the samples seen; ranks, threads and prefetch
-may change between save and resume. Targets are frames that have what the batch compares with: while exact labels are needed, the
-labelled share of a data set; later, all of it.
+The state of the stream is one integer, the samples seen; every rank gets equally many batches of equal size. Targets are frames that
+have what the batch compares with: while exact labels are needed, the labelled share of a data set; later, all of it.
 
     dynamic  source = frame A, view i;  driver = motion B;  target = frame B, view j     one identity, A != B, motion scale 1
     static   source = frame A, view i;  driver = motion A;  target = frame A, view j     i != j,               motion scale 0
@@ -17,70 +14,35 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fractions
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from datagen.cache import FetchAhead
 from head3d.labels import MOTION_VECTOR_SIZE, unpack_label
-from head3d.run.config import Fraction, NonNegativeInt, PositiveInt
 from head3d.run.errors import ConfigError, DataError
-from head3d.run.seeding import numpy_generator
+from reconstructor.order import BatchConfig, Frame, Item, ItemOrder
 
-
-class Frame(Protocol):
-    """What the order needs to know of a `datagen.index.FrameEntry`."""
-
-    key: str
-    shard: int
-    identity: int
-    motion: int
-    kind: str  # static, dynamic or motion-rich
-    split: str  # train, val or test
-    views: int
-    members: Container[str]  # names that can be read
+REPLACEMENTS = 8  # samples drawn in the place of one that cannot be read, before it is an error after all
+TOLD = 20  # damaged places that are named; the rest is only counted
 
 
 class FrameSource(Protocol):
-    """What is read: a `datagen.reading.ShardDataset`."""
+    """What is read: a `datagen.reading.ShardDataset`, or several (`reconstructor.mixture.Mixture`)."""
 
     frames: Sequence[Frame]
+    dataset_count: int  # data sets that the frames are of
 
     def read(self, entry: Frame, members: Sequence[str]) -> dict[str, np.ndarray]: ...
 
     def fetch_ahead(self, wanted: Iterable[tuple[int, Frame, frozenset[str]]], shards: int) -> FetchAhead | None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchConfig:
-    """How batches are drawn and decoded. Defaults are the published run."""
-
-    size: PositiveInt = 32  # samples a training step, over all ranks
-    static_share: Fraction = 0.5  # of a batch: same motion, cross-attention off; the rest is reenactment
-    swap_probability: Fraction = 0.0  # of a dynamic sample: its source is another view of the target's frame, cross-attention off
-    switch: bool = True  # where source and target are of one frame the cross-attention is off; false: it never is
-    motion_rich: bool = False  # dynamic samples come from motion-rich identities too; false: those frames are not used
-    shuffle_window: PositiveInt = 8  # shards whose frames are shuffled together
-    threads: NonNegativeInt = 2  # decoding threads a rank; 0 decodes in the training loop
-    prefetch: PositiveInt = 3  # batches decoded ahead, a rank
-
-
-class Item(NamedTuple):
-    """One sample by indices into the frames."""
-
-    source: int
-    source_view: int
-    target: int
-    target_view: int
-    driver_view: int  # another one than the target's, where there is another
-    static: bool  # of the static share
-    motion_scale: float  # the disentangling switch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,127 +77,6 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Batch(**{name: None if value is None else function(value) for name, value in values.items()})
-
-
-class _Pool:
-    """The frames of one kind, in an order that is a pure function of (seed, position)."""
-
-    def __init__(self, frames: Sequence[Frame], indices: Sequence[int], seed: int, name: str, window: int) -> None:
-        self.count, self._seed, self._name, self._window = len(indices), seed, name, window
-        shards: dict[int, list[int]] = {}
-        for index in indices:
-            shards.setdefault(frames[index].shard, []).append(index)
-        self._shards = [np.asarray(shards[shard]) for shard in sorted(shards)]
-        self._epochs: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
-
-    def frame(self, position: int) -> int:
-        """Safe from two threads: who fetches shards ahead asks for later positions than who reads them."""
-        epoch, place = divmod(position, self.count)
-        order = self._epochs.get(epoch)
-        if order is None:
-            order = self._epochs[epoch] = self._epoch(epoch)
-            while len(self._epochs) > 3:  # prefetch may straddle two
-                self._epochs.popitem(last=False)
-        return int(order[place])
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        rng = numpy_generator(self._seed, "order", self._name, epoch)
-        shards = [self._shards[i] for i in rng.permutation(len(self._shards))]
-        windows = [np.concatenate(shards[i : i + self._window]) for i in range(0, len(shards), self._window)]
-        return np.concatenate([rng.permutation(window) for window in windows])
-
-
-def usable_frames(frames: Sequence[Frame], config: BatchConfig, split: str, members: Iterable[str] = ()) -> list[int]:
-    """Numbers of the frames of a split that batches may be made of and that have all of `members`."""
-    return [
-        index
-        for index, frame in enumerate(frames)
-        if frame.split == split and (config.motion_rich or frame.kind != "motion-rich") and all(name in frame.members for name in members)
-    ]
-
-
-class ItemOrder:
-    """The endless order of items. `item(n)` is a pure function; nothing is remembered but caches.
-
-    members: what frames must have to be used.
-    """
-
-    def __init__(self, frames: Sequence[Frame], config: BatchConfig, seed: int, split: str = "train", members: Iterable[str] = ()) -> None:
-        self.frames, self._seed, self._size = frames, seed, config.size
-        self._swap_probability, self._switch = config.swap_probability, config.switch
-        self._share = fractions.Fraction(config.static_share).limit_denominator(1000)
-        if (self._share * config.size).denominator != 1:
-            raise ConfigError(
-                f"batches.static_share {config.static_share} of batches.size {config.size} is {float(self._share * config.size):g} "
-                "samples; choose a size for which both shares are whole numbers"
-            )
-        members = sorted(members)
-        where = f"the split '{split}'" + (f" that has {', '.join(members)}" if members else "")
-        chosen = usable_frames(frames, config, split, members)
-        if not chosen:
-            raise DataError(f"the shards hold no frame of {where}; generate more identities or labels, or another split rule")
-        self._by_identity: dict[int, list[int]] = {}
-        for index in chosen:
-            self._by_identity.setdefault(frames[index].identity, []).append(index)
-        static = [i for i in chosen if frames[i].kind == "static" and frames[i].views > 1]
-        dynamic = [i for i in chosen if frames[i].kind != "static" and len(self._by_identity[frames[i].identity]) > 1]
-        if self._share > 0 and not static:
-            raise ConfigError(
-                f"batches.static_share is {config.static_share}, but no frame of {where} is of kind 'static' with two "
-                "views or more; generate static identities, or set --batches.static_share 0"
-            )
-        if self._share < 1 and not dynamic:
-            raise ConfigError(
-                f"batches.static_share is {config.static_share}, but no identity of {where} has two motions; "
-                "generate dynamic identities, or set --batches.static_share 1"
-            )
-        if self._share < 1 and self._swap_probability > 0 and any(frames[i].views < 2 for i in dynamic):
-            raise ConfigError(
-                f"batches.swap_probability is {config.swap_probability}, but a dynamic frame of {where} has one view, and no other "
-                "for the source; generate two views or more (--recipe.dynamic_views), or set --batches.swap_probability 0"
-            )
-        self._pools = {
-            True: _Pool(frames, static, seed, "static", config.shuffle_window),
-            False: _Pool(frames, dynamic, seed, "dynamic", config.shuffle_window),
-        }
-
-    def target(self, position: int) -> tuple[int, bool]:
-        """The target frame of an item, and whether it is static. Its source is of the same identity, and so in the same shard."""
-        before, after = (position * self._share).__floor__(), ((position + 1) * self._share).__floor__()
-        static = after > before
-        return self._pools[static].frame(before if static else position - before), static
-
-    def item(self, position: int) -> Item:
-        target, static = self.target(position)
-        rng = numpy_generator(self._seed, "views", position)
-        views = self.frames[target].views
-        target_view = int(rng.integers(views))
-        driver_view = _other_view(target_view, views, rng) if views > 1 else target_view
-        one_frame = static or self._is_swapped(position)
-        if one_frame:
-            source = target
-            source_view = _other_view(target_view, views, rng)
-        else:
-            others = [index for index in self._by_identity[self.frames[target].identity] if index != target]
-            source = others[int(rng.integers(len(others)))]
-            source_view = int(rng.integers(self.frames[source].views))
-        return Item(source, source_view, target, target_view, driver_view, static, 0.0 if one_frame and self._switch else 1.0)
-
-    def _is_swapped(self, position: int) -> bool:
-        """Whether a dynamic item reconstructs its target's frame from another view: the published `swapping_prob` (portrait4d, 6.7)."""
-        if self._swap_probability == 0:
-            return False
-        return bool(numpy_generator(self._seed, "swap", position).random() < self._swap_probability)
-
-    def batch(self, samples_seen: int, rank: int = 0, world_size: int = 1) -> list[Item]:
-        """The items of `rank` in the global batch that starts at `samples_seen`: static ones first, every world_size-th item."""
-        items = [self.item(position) for position in range(samples_seen, samples_seen + self._size)]
-        return sorted(items, key=lambda item: not item.static)[rank::world_size]
-
-
-def _other_view(view: int, views: int, rng: np.random.Generator) -> int:
-    """One of the other `views` - 1 >= 1."""
-    return (view + 1 + int(rng.integers(views - 1))) % views
 
 
 def as_picture(pixels: np.ndarray) -> np.ndarray:
@@ -286,11 +127,19 @@ def collate(samples: Sequence[dict[str, np.ndarray]]) -> Batch:
     return Batch(**{name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]})
 
 
+class _Read(NamedTuple):
+    """A sample, and what was wrong with those in whose place it was drawn."""
+
+    sample: dict[str, np.ndarray]
+    damages: list[str]
+
+
 class BatchStream:
     """Iterate over batches of one rank, decoded ahead by threads. Use as a context manager, or call `close`.
 
     members: label members to read in the batch that starts at a given number of samples seen; its frames are those that have them.
-    An error while reading is raised by the `next` that would have returned that batch, after all earlier batches.
+    An error while reading is raised by the `next` that would have returned that batch, after all earlier batches; with
+    `config.damaged` "replace" another sample of the same part is drawn instead, by position and attempt alone.
     """
 
     def __init__(
@@ -313,39 +162,52 @@ class BatchStream:
         self._orders: dict[frozenset[str], ItemOrder] = {}
         self._seed, self._split = seed, split
         self.samples_seen = samples_seen  # of all ranks, in the batches handed out so far
+        self.replaced = 0  # samples of this rank, in the batches handed out so far, that were drawn in the place of damaged ones
+        self._told: set[str] = set()
         self._dataset, self._config, self._members = dataset, config, members
         self._rank, self._world_size, self._driver_image = rank, world_size, driver_image
         self._ahead = samples_seen
-        self._pending: collections.deque[list[Future]] = collections.deque()
+        self._pending: collections.deque[list[Future[_Read]]] = collections.deque()
+        shards = self._order(samples_seen)[0].part_count * config.shuffle_window  # a window of each part
         self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="decode") if config.threads else None
-        self._fetcher = dataset.fetch_ahead(self._wanted(), shards=2 * config.shuffle_window)  # a window of each of the two kinds
+        self._fetcher = dataset.fetch_ahead(self._wanted(), shards=shards)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         if self._threads is None:
-            samples = [self._read(item, members) for item, members in self._plan()]
+            found = [self._read(*place) for place in self._plan()]
         else:
             while len(self._pending) < self._config.prefetch:
-                self._pending.append([self._threads.submit(self._read, item, members) for item, members in self._plan()])
-            samples = [future.result() for future in self._pending.popleft()]
+                self._pending.append([self._threads.submit(self._read, *place) for place in self._plan()])
+            found = [future.result() for future in self._pending.popleft()]
         self.samples_seen += self._config.size
         if self._fetcher is not None:
             self._fetcher.passed(self.samples_seen)
-        return collate(samples)
+        for read in found:
+            self._tell(read.damages)
+        return collate([read.sample for read in found])
 
-    def _plan(self) -> list[tuple[Item, frozenset[str]]]:
+    def _tell(self, damages: list[str]) -> None:
+        self.replaced += bool(damages)
+        for damage in damages:
+            if damage not in self._told and len(self._told) < TOLD:
+                self._told.add(damage)
+                tqdm.write(f"another sample is taken in the place of a damaged one (batches.damaged replace): {damage}", file=sys.stderr)
+
+    def _plan(self) -> list[tuple[ItemOrder, int, frozenset[str]]]:
         order, members = self._order(self._ahead)
-        items = order.batch(self._ahead, self._rank, self._world_size)
+        positions = order.batch(self._ahead, self._rank, self._world_size)
         self._ahead += self._config.size
-        return [(item, members) for item in items]
+        return [(order, position, members) for position in positions]
 
     def _order(self, samples_seen: int) -> tuple[ItemOrder, frozenset[str]]:
         """The order of the batch that starts there, and the label members that are read in it."""
         members = frozenset(self._members(samples_seen))
         if members not in self._orders:
-            self._orders[members] = ItemOrder(self._dataset.frames, self._config, self._seed, self._split, members)
+            dataset = self._dataset
+            self._orders[members] = ItemOrder(dataset.frames, self._config, self._seed, self._split, members, dataset.dataset_count)
         return self._orders[members], members
 
     def _wanted(self) -> Iterator[tuple[int, Frame, frozenset[str]]]:
@@ -355,8 +217,19 @@ class BatchStream:
             for position in range(seen, seen + self._config.size):
                 yield position, self._dataset.frames[order.target(position)[0]], members | {"rgb.0", "label"}
 
-    def _read(self, item: Item, members: frozenset[str]) -> dict[str, np.ndarray]:
-        return read_item(self._dataset, item, members, self._driver_image)
+    def _read(self, order: ItemOrder, position: int, members: frozenset[str]) -> _Read:
+        damages: list[str] = []
+        while True:
+            try:
+                return _Read(read_item(self._dataset, order.item(position, len(damages)), members, self._driver_image), damages)
+            except DataError as error:
+                if self._config.damaged == "stop":
+                    raise
+                damages.append(str(error))
+                if len(damages) > REPLACEMENTS:
+                    raise DataError(
+                        f"{error}. Neither could {REPLACEMENTS} samples be read that were drawn in its place (batches.damaged replace)"
+                    ) from error
 
     def close(self) -> None:
         """Stop the threads; batches decoded ahead are dropped. Calling it twice is fine."""

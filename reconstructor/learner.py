@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 from pathlib import Path
@@ -21,11 +22,12 @@ from head3d.run.errors import AssetError, ConfigError
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from head3d.run.training import check_state, part, refuse_changes, refuse_other_circumstances
 from reconstructor.adversary import Adversary
-from reconstructor.batches import usable_frames
 from reconstructor.frozen_networks import FrozenNetworks, load_frozen_networks
 from reconstructor.losses import check_labels
+from reconstructor.mixture import Mixture
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport
 from reconstructor.motion_vectors import MotionVectors, open_motion_vectors
+from reconstructor.order import usable_frames
 from reconstructor.settings import ADVICE, FREE_IN_BATCHES, FREE_TO_CHANGE, ReconstructorRun
 from reconstructor.stages import check_groups, parameter_groups
 
@@ -44,9 +46,26 @@ class Learner:
     head_model: str  # what the networks' head was loaded from
 
 
-def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
+def check_data(config: ReconstructorRun, data: Mixture) -> list[str]:
     """Raise ConfigError where the settings and the shards contradict each other. Returns what is worth knowing before training."""
-    architecture, where = config.model.architecture, str(config.shards)
+    notes = []
+    training = usable_frames(data.frames, config.batches, "train", datasets=data.dataset_count)
+    for number, dataset in enumerate(data.datasets):
+        where = dataset.storage.address
+        rich = config.batches.weights("motion-rich", data.dataset_count)[number] > 0
+        _check_sizes(config, dataset, rich, where)
+        members = [entry.members for entry in map(data.frames.__getitem__, training) if entry.dataset == number]
+        if not members:
+            raise ConfigError(
+                f"{where}: no frame of its split 'train' is of a kind that has a weight; give one a weight in batches, or leave the set out"
+            )
+        available = collections.Counter(name for names in members for name in names)
+        notes += [f"{where}: {note}" for note in check_labels(config.losses_of_all_stages(), available, len(members), where)]
+    return notes
+
+
+def _check_sizes(config: ReconstructorRun, dataset: ShardDataset, motion_rich: bool, where: str) -> None:
+    """Raise ConfigError unless a data set is complete and what the network makes has the size of what it is compared with."""
     planned = dataset.manifest["plan"]["frames"] - dataset.excluded_count
     if len(dataset.frames) < planned:
         raise ConfigError(
@@ -54,7 +73,7 @@ def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
             "run; finish it by calling its datagen command again"
         )
     model, losses, stored = config.model, config.losses_of_all_stages(), dataset.manifest["settings"]["generator"]["model"]
-    maps = any(getattr(losses, term).weight for term in ("image", "features", "depth", "opacity"))
+    architecture, maps = model.architecture, any(getattr(losses, term).weight for term in ("image", "features", "depth", "opacity"))
     for setting, own, name, needed in (
         ("architecture.image_resolution", architecture.image_resolution, "image_resolution", True),
         ("superresolution (its input, doubled by each block)", model.superresolution.output_resolution, "image_resolution", True),
@@ -68,18 +87,12 @@ def check_data(config: ReconstructorRun, dataset: ShardDataset) -> list[str]:
                 f"make it {stored[name]}, or give shards of that size"
             )
     rich = dataset.manifest["settings"]["render"]["motion_rich_side"]
-    if config.batches.motion_rich and rich != architecture.image_resolution:
+    if motion_rich and rich != architecture.image_resolution:
         raise ConfigError(
-            f"{where}: batches.motion_rich asks for motion-rich identities, whose pictures are {rich} px, but the others' are "
-            f"{architecture.image_resolution} px; generate them with --render.motion_rich_side {architecture.image_resolution}, or set "
-            "--batches.motion_rich false"
+            f"{where}: batches.motion_rich_weights asks for motion-rich identities, whose pictures are {rich} px, but the others' are "
+            f"{architecture.image_resolution} px; generate them with --render.motion_rich_side {architecture.image_resolution}, or give "
+            "them no weight"
         )
-    training = usable_frames(dataset.frames, config.batches, "train")
-    available: dict[str, int] = {}
-    for index in training:
-        for member in dataset.frames[index].members:
-            available[member] = available.get(member, 0) + 1
-    return check_labels(losses, available, len(training), where)
 
 
 def build(config: ReconstructorRun, plan: Plan, device: torch.device, fresh: bool) -> Learner:
@@ -140,12 +153,18 @@ def take_from_generator(model: Reconstructor, generator: GenHead) -> None:
         getattr(model, name).load_state_dict(other)
 
 
-def circumstances(dataset: ShardDataset, frozen: FrozenNetworks, vectors: MotionVectors) -> dict[str, Any]:
+def circumstances(data: Mixture, frozen: FrozenNetworks, vectors: MotionVectors) -> dict[str, Any]:
     """What a run depends on beside its settings: frozen networks, and data. A set that grew, lacked shards or excludes others has
     another order."""
-    excluded = config_hash(dataset.excluded.entry())
-    data = {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames), "excluded": excluded}
-    return {"data": data, "networks": frozen.weights_hashes() | vectors.weights_hashes()}
+    sets = {
+        f"data {number + 1}" if number else "data": {
+            "config_hash": dataset.manifest["config_hash"],
+            "frames": len(dataset.frames),
+            "excluded": config_hash(dataset.excluded.entry()),
+        }
+        for number, dataset in enumerate(data.datasets)
+    }
+    return sets | {"networks": frozen.weights_hashes() | vectors.weights_hashes()}
 
 
 def save(config: ReconstructorRun, learner: Learner, images_seen: int, state: dict[str, Any]) -> Path:

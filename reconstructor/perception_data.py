@@ -22,7 +22,8 @@ from head3d.networks.resample import resize_antialias
 from head3d.run.config import Fraction, NonNegativeFloat, PositiveInt
 from head3d.run.errors import DataError
 from head3d.run.seeding import numpy_generator
-from reconstructor.batches import Frame, FrameSource, as_picture
+from reconstructor.batches import FrameSource, as_picture
+from reconstructor.order import Frame
 from reconstructor.perception import Role
 
 _PREFETCH = 2  # batches decoded ahead

@@ -18,7 +18,8 @@ from head3d.labels import Motion, unpack_label
 from head3d.rotations import axis_angle_to_matrix
 from head3d.run.errors import DataError
 from head3d.run.seeding import numpy_generator, torch_generator
-from reconstructor.batches import Frame, FrameSource
+from reconstructor.batches import FrameSource
+from reconstructor.order import Frame
 from reconstructor.perception import Perception, Reading, true_reading
 from reconstructor.perception_data import PictureKey, Pictures, read_pictures, replace_background
 

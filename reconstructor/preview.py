@@ -13,16 +13,18 @@ from head3d.cameras import Camera, orbit
 from head3d.labels import unpack_label
 from head3d.pictures import colorize, grid, to_uint8
 from reconstructor.architecture import Driver
-from reconstructor.batches import Batch, BatchStream, usable_frames
+from reconstructor.batches import Batch, BatchStream
 from reconstructor.losses import members_needed
 from reconstructor.model import Reconstructor
+from reconstructor.order import usable_frames
 from reconstructor.settings import ReconstructorRun
 
 
 def preview_batch(config: ReconstructorRun, dataset: ShardDataset) -> Batch:
     """Held-out samples to look at (training samples if the validation split cannot form any), always the same."""
     static = config.batches.static_share == 1
-    settings = dataclasses.replace(config.batches, size=4, static_share=float(static), threads=0)
+    alone = dataclasses.replace(config.batches, static_weights=(), dynamic_weights=(), motion_rich_weights=())
+    settings = dataclasses.replace(alone, size=4, static_share=float(static), threads=0)
     members = {"opacity", "depth"} & members_needed(config.losses_at(0), 0)
     held_out = [dataset.frames[index] for index in usable_frames(dataset.frames, settings, "val", members)]
     held_out = [frame for frame in held_out if (frame.kind == "static") == static]

@@ -11,10 +11,10 @@ from head3d.networks.stylegan2 import Precision
 from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from head3d.run.errors import ConfigError
 from reconstructor.adversary import AdversaryConfig
-from reconstructor.batches import BatchConfig
 from reconstructor.frozen_networks import NetworkFiles
 from reconstructor.losses import LossConfig
 from reconstructor.model import ReconstructorConfig
+from reconstructor.order import BatchConfig
 from reconstructor.stages import StageConfig, check_stages, largest_weights, stage_at, with_weights
 
 FREE_TO_CHANGE = (
@@ -55,7 +55,7 @@ class ReconstructorRun:
     """Train the reconstructor. Defaults are the published run at 512 x 512."""
 
     out: Path = Path("runs/reconstructor")  # run folder: checkpoints, logs, pictures, export
-    shards: str = "runs/datagen"  # data set: a folder or a URL (made by the datagen command)
+    shards: str | tuple[str, ...] = "runs/datagen"  # data set, a folder or a URL (made by the datagen command); or several, see batches
     generator: Path | None = None  # exported generator for the warm start; None = the one that the shards record
     head_model: str | None = None  # path of a FLAME-format file, or "procedural"; None = the one that the shards record
     perception: Path | None = None  # exported perception network with role losses: perceptual and identity terms, image motion

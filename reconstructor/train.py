@@ -10,10 +10,10 @@ every so often          -> scalars, pictures, checkpoint; at the end the average
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-from datagen.cache import ShardCache, open_cache
+from datagen.cache import ShardCache, open_caches
 from datagen.plan import open_plan
-from datagen.reading import open_dataset
 from head3d.run import distributed
 from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.training import check_finite, crossed, is_finished, open_run, process_group
@@ -21,6 +21,7 @@ from reconstructor.batches import BatchStream
 from reconstructor.frozen_networks import check_networks
 from reconstructor.learner import build, check_data, circumstances, export, restore, save
 from reconstructor.losses import members_needed
+from reconstructor.mixture import open_mixture, places_of
 from reconstructor.preview import preview_batch, preview_picture
 from reconstructor.settings import ADVICE, ReconstructorRun
 from reconstructor.steps import Stopwatch, step
@@ -31,28 +32,27 @@ def train(config: ReconstructorRun) -> int:
 
     A finished run is not repeated; a started one goes on from its newest checkpoint, bit for bit on one machine.
     """
-    with process_group(config.threads) as process, open_cache(config.cache, config.shards) as cache:
-        return _train(config, process, cache)
+    with process_group(config.threads) as process, open_caches(config.cache, places_of(config.shards)) as caches:
+        return _train(config, process, caches)
 
 
-def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardCache | None) -> int:
-    dataset = open_dataset(config.shards)
-    notes = check_networks(config.network_files(), config.losses_of_all_stages(), config.missing_networks)
-    notes += [f"{config.shards}: {note}" for note in check_data(config, dataset)]
+def _train(config: ReconstructorRun, process: distributed.Process, caches: Sequence[ShardCache | None]) -> int:
+    data = open_mixture(config.shards)
+    notes = check_networks(config.network_files(), config.losses_of_all_stages(), config.missing_networks) + check_data(config, data)
     if config.has_adversary:
         sizes = (config.model.architecture.image_resolution, config.batches.size, process.world_size, config.micro_batch)
         config.adversary.check(*sizes)
     for note in notes if process.is_main else ():
         print(note)
     saved = latest_checkpoint(config.out)
-    learner = build(config, open_plan(config.shards), process.device, fresh=saved is None)
-    around = circumstances(dataset, learner.frozen, learner.vectors)
+    learner = build(config, open_plan(places_of(config.shards)[0]), process.device, fresh=saved is None)
+    around = circumstances(data, learner.frozen, learner.vectors)
     images_seen = restore(config, learner, saved, around) if saved else 0
     if is_finished(config, images_seen, process):
         return 0
-    preview = learner.vectors.of_batch(preview_batch(config, dataset).to(process.device))
+    preview = learner.vectors.of_batch(preview_batch(config, data.datasets[0]).to(process.device))
     stream = BatchStream(
-        dataset.through(cache),
+        data.through(caches),
         config.batches,
         config.seed,
         lambda seen: members_needed(config.losses_at(seen), seen),
@@ -78,6 +78,9 @@ def _train(config: ReconstructorRun, process: distributed.Process, cache: ShardC
                 means, seconds = run.means.take(), time.perf_counter() - window[1]
                 shares = {name: spent / seconds for name, spent in watch.take().items()}
                 speed = {f"speed/{name}_share": share for name, share in shares.items()}
+                if config.batches.damaged == "replace":  # samples so far, of all processes
+                    here = {"data/replaced_samples": stream.replaced * process.world_size}
+                    speed |= distributed.mean_scalars(here, process.device)
                 run.log.scalars(images_seen, means | speed | {"speed/images_per_s": (images_seen - window[0]) / seconds})
                 run.bar.set_postfix(loss=f"{means['loss/total']:.3f}", **{name: f"{share:.0%}" for name, share in shares.items()})
                 window = (images_seen, time.perf_counter())

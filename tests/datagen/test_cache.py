@@ -9,7 +9,7 @@ import threading
 import pytest
 
 import head3d.run.files
-from datagen.cache import CacheConfig, FetchAhead, ShardCache, Tar, open_cache
+from datagen.cache import CacheConfig, Copy, FetchAhead, ShardCache, Tar, open_cache, open_caches
 from datagen.reading import open_dataset
 from datagen.storage import open_storage
 from head3d.run.errors import ConfigError, DataError
@@ -118,10 +118,12 @@ def test_a_file_that_is_not_what_its_record_says_is_fetched_again_and_then_refus
     place.storage.write("frames/a.tar", b"a" * 999 + b"b")
     with pytest.raises(DataError, match=rf"frames/a.tar: fetched twice, its SHA-256 is \w+, expected {tar.sha256}; delete"):
         cache.open(tar)
+    with pytest.raises(DataError, match="fetched twice"):  # every sample of the shard meets it, and only the first one waits
+        cache.open(tar)
     assert place.asked == ["frames/a.tar"] * 2 and letters(cache) == ""
     place.storage.delete("frames/a.tar")
     with pytest.raises(DataError, match=r"frames/a.tar: could not be opened .*; delete"):
-        cache.open(tar)
+        ShardCache(place, tmp_path / "cache", 10_000).open(tar)
 
 
 def test_what_a_killed_process_left_is_swept_and_a_copy_of_another_size_is_replaced(place, tmp_path):
@@ -230,17 +232,17 @@ class Watched(ShardCache):
 
 def test_files_are_fetched_in_the_order_in_which_they_are_wanted_while_there_is_room(place, tmp_path):
     cache = Watched(place, tmp_path / "cache", 2500)  # two files
-    a, b, c, d = (place.tars[f"frames/{letter}.tar"] for letter in "abcd")
+    a, b, c, d = (Copy(cache, place.tars[f"frames/{letter}.tar"]) for letter in "abcd")
     order = [(0, [a]), (1, [a, b]), (2, [b]), (3, [c]), (4, [b]), (5, [d])]
-    fetcher = FetchAhead(cache, order)
-    assert [cache.next(), cache.next()] == [a.name, b.name]
+    fetcher = FetchAhead(order, cache.limit)
+    assert [cache.next(), cache.next()] == [a.tar.name, b.tar.name]
     assert cache.opened.empty()  # c waits: a is wanted by sample 1
     fetcher.passed(1)
     assert cache.opened.empty()
     fetcher.passed(2)
-    assert cache.next() == c.name
+    assert cache.next() == c.tar.name
     fetcher.passed(4)  # c has been read; b is wanted by sample 4, for which it is still there
-    assert cache.next() == d.name
+    assert cache.next() == d.tar.name
     fetcher.passed(6)
     fetcher.close()
     assert cache.opened.empty() and letters(cache) == "bd"
@@ -248,7 +250,7 @@ def test_files_are_fetched_in_the_order_in_which_they_are_wanted_while_there_is_
 
 def test_no_more_samples_are_looked_at_than_the_horizon(place, tmp_path, monkeypatch):
     monkeypatch.setattr("datagen.cache.SAMPLES_AHEAD", 10)
-    walked, passed_ten = [], threading.Event()
+    walked, passed_ten, cache = [], threading.Event(), ShardCache(place, tmp_path / "cache", 10_000)
 
     def endless():
         sample = 0
@@ -256,10 +258,10 @@ def test_no_more_samples_are_looked_at_than_the_horizon(place, tmp_path, monkeyp
             walked.append(sample)
             if sample == 13:
                 passed_ten.set()
-            yield sample, [place.tars["frames/a.tar"]]
+            yield sample, [Copy(cache, place.tars["frames/a.tar"])]
             sample += 1
 
-    fetcher = FetchAhead(ShardCache(place, tmp_path / "cache", 10_000), endless())
+    fetcher = FetchAhead(endless(), cache.limit)
     fetcher.passed(2)
     assert passed_ten.wait(timeout=60)
     fetcher.close()
@@ -270,7 +272,25 @@ def test_no_more_samples_are_looked_at_than_the_horizon(place, tmp_path, monkeyp
 def test_what_cannot_be_fetched_is_left_to_the_reader_and_does_not_hold_up_the_end(place, tmp_path):
     cache = Watched(place, tmp_path / "cache", 10_000)
     cache.refuse.add("frames/a.tar")
-    fetcher = FetchAhead(cache, [(0, [place.tars["frames/a.tar"]]), (1, [place.tars["frames/b.tar"]])])
+    fetcher = FetchAhead([(0, [Copy(cache, place.tars["frames/a.tar"])]), (1, [Copy(cache, place.tars["frames/b.tar"])])], 10_000)
     assert cache.next() == "frames/a.tar"
     fetcher.close()  # at once, though it waits to try again
     assert cache.opened.empty()
+
+
+def test_what_the_reader_has_gone_past_without_it_is_not_fetched_any_more(place, tmp_path):
+    """So a file that stays damaged does not hold up those behind it."""
+    cache = Watched(place, tmp_path / "cache", 10_000)
+    cache.refuse.add("frames/a.tar")
+    fetcher = FetchAhead([(0, [Copy(cache, place.tars["frames/a.tar"])]), (1, [Copy(cache, place.tars["frames/b.tar"])])], 10_000)
+    assert cache.next() == "frames/a.tar"
+    fetcher.passed(1)
+    assert cache.next() == "frames/b.tar"
+    fetcher.close()
+
+
+def test_caches_of_several_places_share_one_folder_and_its_limit(place, tmp_path):
+    with open_caches(CacheConfig(gigabytes=1e-6), [tmp_path, "memory://one", "memory://other"]) as (none, one, other):
+        assert none is None and one.folder == other.folder and one.limit == other.limit == 1000
+    with open_caches(CacheConfig(folder=tmp_path / "kept"), ["memory://one"]) as (kept,):
+        assert kept.folder == tmp_path / "kept"

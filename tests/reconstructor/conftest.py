@@ -19,10 +19,10 @@ from head3d.run.checkpoint import export_model
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from reconstructor.architectures.portrait4d import Portrait4DConfig
 from reconstructor.background import BackgroundConfig
-from reconstructor.batches import BatchConfig
 from reconstructor.encoders import GlobalEncoderConfig
 from reconstructor.losses import LossConfig, SmoothnessConfig
 from reconstructor.model import ReconstructorConfig
+from reconstructor.order import BatchConfig
 from reconstructor.perception import ERRORS_FILE, Perception, PerceptionConfig, PerceptionExport, Role, TrunkConfig
 from reconstructor.perception import EXPORT_KIND as PERCEPTION
 from reconstructor.perception_errors import READING_UNITS

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from head3d.run.errors import ConfigError, DataError
-from reconstructor.batches import BatchConfig, BatchStream, ItemOrder
+from reconstructor.batches import BatchStream
+from reconstructor.order import BatchConfig, ItemOrder
 
 SIDE, RAYS, CHANNELS, POINTS, VIEWS = 8, 4, 5, 6, 3
 ALL = frozenset({"opacity", "depth", "foreground", "background", "identity.background", "points", "point_features"})
@@ -27,6 +28,7 @@ class Frame(NamedTuple):
     split: str
     views: int
     members: tuple = LABELLED
+    dataset: int = 0
 
 
 def make_frames(static=6, dynamic=5, motions=3, per_shard=4, views=VIEWS):
@@ -45,7 +47,7 @@ class FakeDataset:
     """Arrays that say which frame and view they come from; remembers what was read."""
 
     def __init__(self, frames, broken=None, delay=0.0):
-        self.frames, self.broken, self.delay = frames, broken, delay
+        self.frames, self.broken, self.delay, self.dataset_count = frames, broken, delay, 1
         self.asked = collections.Counter()
         self._lock = threading.Lock()
 
@@ -236,6 +238,39 @@ def test_a_damaged_sample_is_an_error_of_its_own_batch_and_closing_still_works(t
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_damaged_sample_may_be_replaced_by_another_of_its_kind_and_is_counted_while_all_others_stay(threads, capsys):
+    frames, settings = make_frames(), {"size": 4, "threads": threads, "members": frozenset({"opacity"})}
+    whole = take(FakeDataset(frames), 8, **settings)
+
+    def replacing(count, samples_seen=0):
+        config = BatchConfig(size=4, shuffle_window=2, threads=threads, prefetch=2, damaged="replace")
+        with BatchStream(FakeDataset(frames, broken=2), config, 3, lambda seen: {"opacity"}, samples_seen=samples_seen) as batches:
+            return [next(batches) for _ in range(count)], batches.replaced
+
+    found, replaced = replacing(8)
+    others = [
+        (ours.motion_scale[n] == theirs.motion_scale[n]).item()
+        for ours, theirs in zip(found, whole, strict=True)
+        for n in range(4)
+        if not torch.equal(ours.image[n], theirs.image[n])
+    ]
+    damaged = [round((image + 1) * 127.5) // 5 == 2 for batch in whole for image in batch.image[:, 0, 0, 0].tolist()]  # frame 2 is static
+    assert all(others) and len(others) == replaced == sum(damaged) == 3
+    assert all(round((image + 1) * 127.5) // 5 != 2 for batch in found for image in batch.image[:, 0, 0, 0].tolist())
+    again, _ = replacing(4, samples_seen=16)
+    assert all(torch.equal(ours.image, theirs.image) for ours, theirs in zip(again, found[4:], strict=True))
+    assert capsys.readouterr().err.count("another sample is taken") == 2, "each damaged place is named once by each stream"
+
+
+def test_a_set_of_which_nothing_can_be_read_is_an_error_also_where_samples_may_be_replaced():
+    dataset = FakeDataset([frame for frame in make_frames(dynamic=0) if frame.identity == 2], broken=0)
+    config = BatchConfig(size=2, static_share=1.0, damaged="replace", threads=0)
+    with pytest.raises(DataError, match="is damaged. Neither could 8 samples"), BatchStream(dataset, config, 0, lambda seen: ()) as batches:
+        next(batches)
+    assert dataset.asked["label"] == 1 + 8
+
+
 def test_decoding_ahead_is_bounded():
     dataset = FakeDataset(make_frames())
     with stream(dataset, members=frozenset()) as batches:
@@ -252,7 +287,7 @@ def test_impossible_settings_are_refused_with_the_remedy():
         stream(FakeDataset(frames), world_size=3)
     with pytest.raises(ConfigError, match="no frame of the split 'train' is of kind 'static'"):
         ItemOrder(make_frames(static=0), BatchConfig(size=8), seed=0)
-    with pytest.raises(ConfigError, match="no identity of the split 'train' has two motions"):
+    with pytest.raises(ConfigError, match="no identity of the split 'train' is dynamic and has two motions"):
         ItemOrder(make_frames(motions=1), BatchConfig(size=8), seed=0)
     with pytest.raises(DataError, match="no frame of the split 'val'"):
         ItemOrder(frames, BatchConfig(size=8), seed=0, split="val")
@@ -299,11 +334,12 @@ def test_frames_that_lack_what_is_needed_are_named():
         ItemOrder(half, BatchConfig(size=8), seed=0, members={"depth"})
 
 
-def test_motion_rich_frames_are_used_only_when_asked_for():
+def test_motion_rich_frames_are_used_only_when_asked_for_and_by_their_weight():
     frames = make_frames() + [frame._replace(kind="motion-rich", identity=50, shard=9) for frame in make_frames(static=0, dynamic=1)]
     rich = {index for index, frame in enumerate(frames) if frame.kind == "motion-rich" and frame.split == "train"}
-    for asked, expected in ((False, set()), (True, rich)):
-        order = ItemOrder(frames, BatchConfig(size=8, motion_rich=asked), seed=1)
+    for weights, expected, share in (((), set(), 0), ((1,), rich, 2)):
+        order = ItemOrder(frames, BatchConfig(size=8, motion_rich_weights=weights), seed=1)
         items = [order.item(n) for n in range(200)]
         used = {item.target for item in items} | {item.source for item in items}
         assert used & rich == expected and not any(item.static and item.target in rich for item in items)
+        assert sum(item.target in rich for item in items[:8]) == share

@@ -10,8 +10,10 @@ from datagen.cache import CacheConfig, ShardCache, open_cache
 from datagen.reading import open_dataset
 from datagen.storage import Patience, RemoteFolder, open_storage
 from head3d.run.errors import ConfigError, DataError
-from reconstructor.batches import BatchConfig, BatchStream
+from reconstructor.batches import BatchStream
 from reconstructor.losses import LossConfig, members_needed
+from reconstructor.mixture import Mixture
+from reconstructor.order import BatchConfig
 from reconstructor.train import train
 
 CONFIG = BatchConfig(size=4, threads=2, prefetch=2, shuffle_window=1)
@@ -49,6 +51,15 @@ def test_batches_from_a_bucket_are_those_from_the_folder_also_when_the_cache_for
     assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) < everything
     with pytest.raises(ConfigError, match="cannot hold the 16 shards"):
         batches(dataset.through(cache), 1, config=dataclasses.replace(CONFIG, shuffle_window=8))
+
+
+def test_a_bucket_and_a_folder_are_mixed_as_two_folders_are(world, remote, tmp_path):
+    config = dataclasses.replace(CONFIG, static_weights=(1, 0))  # shares: half, a quarter, a quarter
+    folder, copy = open_dataset(world.shards), open_dataset(world.shards)
+    cache = ShardCache(open_storage(remote), tmp_path / "cache", 10**9)
+    wanted = batches(Mixture([folder, copy]), 4, config=config)
+    found = batches(Mixture([folder, open_dataset(remote)]).through([None, cache]), 4, config=config)
+    assert all(map(same, found, wanted)) and any(cache.folder.glob("*.tar"))
 
 
 def test_training_from_a_bucket_gives_the_network_that_the_folder_gives(world, remote, tmp_path, monkeypatch):

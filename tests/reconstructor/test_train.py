@@ -26,19 +26,21 @@ from head3d.networks.discriminator import DiscriminatorConfig
 from head3d.run import distributed
 from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.config import from_dict, load_yaml, save_yaml
-from head3d.run.errors import AssetError, ConfigError
+from head3d.run.errors import AssetError, ConfigError, DataError
 from head3d.run.runlog import read_metrics
 from head3d.run.training import Divergence, check_finite
-from reconstructor import steps
+from reconstructor import mixture, steps
 from reconstructor import train as training
 from reconstructor.adversary import AdversaryConfig
 from reconstructor.architecture import Driver
-from reconstructor.batches import BatchConfig, BatchStream
+from reconstructor.batches import BatchStream
 from reconstructor.frozen_networks import FrozenNetworks
 from reconstructor.learner import build, check_data, circumstances
 from reconstructor.losses import LossConfig, SmoothnessConfig, TermConfig, labels_at, members_needed
+from reconstructor.mixture import Mixture
 from reconstructor.model import load_reconstructor
 from reconstructor.motion_vectors import MotionVectors
+from reconstructor.order import BatchConfig
 from reconstructor.preview import preview_batch, preview_picture
 from reconstructor.settings import GrowthConfig, ReconstructorRun
 from reconstructor.stages import StageConfig, stage_at
@@ -215,7 +217,7 @@ def test_a_resume_on_a_data_set_that_changed_is_refused(world, tmp_path, monkeyp
         dataset.frames = [*dataset.frames, dataset.frames[0]]
         return dataset
 
-    monkeypatch.setattr(training, "open_dataset", grown)
+    monkeypatch.setattr(mixture, "open_dataset", grown)
     with pytest.raises(ConfigError, match="the run was started with data .* another --out"):
         train(dataclasses.replace(config, total_images=8))
 
@@ -265,7 +267,7 @@ def test_a_loss_without_labels_is_refused_before_anything_is_written(world, tmp_
         ]
         return dataset
 
-    monkeypatch.setattr(training, "open_dataset", without_depth)
+    monkeypatch.setattr(mixture, "open_dataset", without_depth)
     with pytest.raises(ConfigError, match=r"the loss losses.depth compares with the member 'depth', but none of"):
         train(config)
     assert not config.out.exists()
@@ -372,15 +374,27 @@ def test_compiled_parts_give_the_losses_of_the_others(world, tmp_path):
     assert compiled == {name: pytest.approx(value, rel=1e-3) for name, value in terms.items()}
 
 
-def test_two_processes_do_what_one_does_and_one_goes_on(world, tmp_path, two_processes):
+def test_two_processes_do_on_uneven_damaged_shards_what_one_does_and_one_goes_on(world, tmp_path, two_processes):
+    shards = shutil.copytree(world.shards, tmp_path / "shards")
+    frames = open_dataset(shards).frames
+    assert sorted(collections.Counter(frame.shard for frame in frames).values()) == [3, 4, 5]
+    damaged = next(frame for frame in frames if frame.split == "train" and frame.kind == "dynamic")
+    place = damaged.members["rgb.0"]
+    with (shards / place.tar).open("r+b") as file:
+        file.seek(place.offset + place.size // 2)
+        file.write(b"another")
+    batches = BatchConfig(size=4, threads=1, prefetch=2, damaged="replace")
     stages = (StageConfig("first", images=4, freeze=("decoder",)), StageConfig("second"))
-    config = world.run(tmp_path / "run", total_images=8, stages=stages, losses=adversarial(since=0), adversary=TINY_ADVERSARY)
+    adversary = {"losses": adversarial(since=0), "adversary": TINY_ADVERSARY}
+    config = world.run(tmp_path / "run", shards=str(shards), batches=batches, total_images=8, stages=stages, **adversary)
     save_yaml(config, tmp_path / "run.yaml")
     two_processes(["-m", "pipelines", "reconstructor", "--config", str(tmp_path / "run.yaml")])
     assert train(dataclasses.replace(config, out=tmp_path / "alone")) == 0
     lines, alone = read_metrics(config.out), read_metrics(tmp_path / "alone")
     assert [line["images_seen"] for line in lines] == [4, 8] and "discriminator/r1" in lines[0]
     assert [line.keys() for line in lines] == [line.keys() for line in alone]
+    replaced = [line["data/replaced_samples"] for line in lines]
+    assert replaced == [line["data/replaced_samples"] for line in alone] and 0 < replaced[-1] >= replaced[0]
     for together, one in zip(lines, alone, strict=True):
         same = [name for name in one if name.startswith(("loss/", "discriminator/"))]
         assert [together[name] for name in same] == pytest.approx([one[name] for name in same], rel=1e-4)
@@ -393,6 +407,9 @@ def test_two_processes_do_what_one_does_and_one_goes_on(world, tmp_path, two_pro
     assert steps["decoder"] == 1 and steps["architecture"] == 2  # the decoder was frozen in the first of two steps, in both processes
     assert train(dataclasses.replace(config, total_images=12)) == 0
     assert latest_checkpoint(config.out).images_seen == 12
+    strict = dataclasses.replace(config, out=tmp_path / "strict", batches=dataclasses.replace(batches, damaged="stop"))
+    with pytest.raises(DataError, match=rf"{place.tar}: key {damaged.key}, member 'rgb.0' .* checksum"):
+        train(strict)
 
 
 def test_the_average_follows_the_network_by_its_half_life(world, tmp_path):
@@ -421,11 +438,12 @@ def test_excluded_frames_are_not_trained_on_and_make_another_run(world, tmp_path
     frame = next(frame for frame in whole.frames if frame.split == "train")
     exclude(shards, Exclusion(frames=frozenset([frame.key])))
     less = open_dataset(shards)
-    check_data(world.run(tmp_path / "run", shards=shards), less)  # complete, though shorter than planned
+    check_data(world.run(tmp_path / "run", shards=shards), Mixture([less]))  # complete, though shorter than planned
     assert frame.key not in {other.key for other in less.frames} and len(less.frames) == len(whole.frames) - 1
-    assert circumstances(less, NO_NETWORKS, FLAME) != circumstances(whole, NO_NETWORKS, FLAME)
+    one, other = (Mixture([dataset]) for dataset in (less, whole))
+    assert circumstances(one, NO_NETWORKS, FLAME) != circumstances(other, NO_NETWORKS, FLAME)
     exclude(shards, Exclusion(frames=frozenset([next(f.key for f in whole.frames if f.key != frame.key)])))  # as many, not the same
-    assert circumstances(open_dataset(shards), NO_NETWORKS, FLAME) != circumstances(less, NO_NETWORKS, FLAME)
+    assert circumstances(Mixture([open_dataset(shards)]), NO_NETWORKS, FLAME) != circumstances(one, NO_NETWORKS, FLAME)
 
 
 def test_rays_grow_from_a_million_images_to_two_by_eights():
@@ -505,7 +523,7 @@ def test_a_set_with_labels_for_half_of_it_trains_on_that_half_while_labels_count
 
 
 def test_small_pictures_of_motion_rich_identities_are_refused_where_they_are_asked_for(world, mixed, tmp_path):
-    config = world.run(tmp_path / "run", shards=mixed, batches=BatchConfig(size=4, motion_rich=True))
+    config = world.run(tmp_path / "run", shards=mixed, batches=BatchConfig(size=4, motion_rich_weights=(1,)))
     with pytest.raises(
         ConfigError, match="motion-rich identities, whose pictures are 8 px, but the others' are 32 px; .*--render.motion_rich_side 32"
     ):
@@ -519,4 +537,4 @@ def test_a_label_that_no_shard_has_is_named_with_what_to_do(world, mixed, tmp_pa
     dataset.frames = [frame for frame in dataset.frames if frame.shard == 1]
     dataset.manifest["plan"]["frames"] = len(dataset.frames)
     with pytest.raises(ConfigError, match=r"losses.features .* none of the 3 training frames has it; .* the label foreground \(--render"):
-        check_data(world.run(tmp_path / "run", shards=mixed), dataset)
+        check_data(world.run(tmp_path / "run", shards=mixed), Mixture([dataset]))
