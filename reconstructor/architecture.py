@@ -27,7 +27,7 @@ Render = Callable[[Tensor, Tensor, Camera], HeadImages]
 
 
 class Driver(NamedTuple):
-    """What drives the head; what the architecture does not need may be None."""
+    """What drives the head."""
 
     motion: Tensor | None = None  # [B, D] motion vector
     image: Tensor | None = None  # [B, 3, H, W] picture of somebody in that motion, in [-1, 1]
@@ -66,7 +66,7 @@ class Architecture(Protocol):
     """A torch module: pictures and motions -> tri-planes in the source's shape and the driver's expression, the neck at rest."""
 
     config: ArchitectureConfig
-    needs: frozenset[Input]  # what it reads beside the source's picture
+    needs: frozenset[Input]  # what it reads beside the source's picture; the rest comes as None
     groups: Mapping[str, tuple[str, ...]]  # name of a parameter group -> patterns of its parameters' names (see stages.py)
 
     def encode_source(self, image: Tensor, motion: Tensor | None, motion_scale: Tensor) -> SourceCode:

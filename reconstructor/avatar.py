@@ -64,25 +64,22 @@ class Avatar:
         neutral then stays in the avatar. Raises ConfigError if the network reads vectors of another length.
         """
         assert image.ndim == 4 and image.shape[:2] == (1, 3), f"source image must be [1, 3, H, W], got {tuple(image.shape)}"
-        parameter = next(model.parameters())
-        device, architecture = parameter.device, model.architecture
-        image = resize_antialias(image.to(device), architecture.config.image_resolution)
+        device = next(model.parameters()).device
+        image = resize_antialias(image.to(device), model.architecture.config.image_resolution)
         vector = _vector(model, Motion.neutral(1) if motion is None else motion, vector)
         shape = (torch.zeros(1, SHAPE_SIZE) if shape is None else shape).to(device)
-        return cls(model, architecture.encode_source(image, vector, torch.ones(1, device=device)), shape)
+        return cls(model, model.encode_source(image, vector, torch.ones(1, device=device)), shape)
 
     @torch.no_grad()
     def pose(self, motion: Motion, vector: Tensor | None = None, image: Tensor | None = None) -> DrivenHead:
         """The head in B motions. vector [B, D]: as in `from_image`; the neck always turns as `motion` says.
 
-        image [B, 3, H, W]: of the driver, for architectures that read it.
+        image [B, 3, H, W] in [-1, 1]: of the driver, for architectures that read it. Raises ConfigError if one does and it is None.
         """
-        batch, device, architecture = motion.expression.shape[0], self._shape.device, self._model.architecture
+        batch, device = motion.expression.shape[0], self._shape.device
         motion = motion.to(device)
         driver = Driver(_vector(self._model, motion, vector), None if image is None else image.to(device))
-        source = repeat(self._source, batch)
-        driving = architecture.encode_driver(driver, source, self._model.render_at_rest)
-        planes = architecture.planes(source, driving, torch.ones(batch, device=device))
+        planes, _ = self._model.driven_planes(repeat(self._source, batch), driver, torch.ones(batch, device=device))
         return DrivenHead(planes, self._model.pose(self._shape.expand(batch, -1), motion))
 
     @torch.no_grad()

@@ -138,6 +138,25 @@ class Reconstructor(nn.Module):
         with torch.autocast(planes.device.type, enabled=False):
             return self.render(planes.float(), background.float(), None, camera)
 
+    def encode_source(self, image: Tensor, motion: Tensor | None, motion_scale: Tensor) -> SourceCode:
+        """As the architecture's, which gets nothing that it does not need."""
+        return self.architecture.encode_source(image, motion if "source_motion" in self.architecture.needs else None, motion_scale)
+
+    def driven_planes(self, source: SourceCode, driver: Driver, motion_scale: Tensor) -> tuple[Tensor, Any]:
+        """Planes [B, 3, C, P, P] of the source as driven, and the architecture's code of the driver.
+
+        Raises ConfigError if the driver lacks what the architecture needs.
+        """
+        needs = self.architecture.needs
+        for member, given in (("driving_motion", driver.motion), ("driver_image", driver.image)):
+            if member in needs and given is None:
+                raise ConfigError(
+                    f"driver: expected {member}, which this architecture ({type(self.architecture).__name__}) reads, got none"
+                )
+        seen = Driver(driver.motion if "driving_motion" in needs else None, driver.image if "driver_image" in needs else None)
+        driving = self.architecture.encode_driver(seen, source, self.render_at_rest)
+        return self.architecture.planes(source, driving, motion_scale), driving
+
     def forward(
         self,
         source_image: Tensor,  # [B, 3, H, W] in [-1, 1]
@@ -154,9 +173,9 @@ class Reconstructor(nn.Module):
     ) -> Reconstruction:
         """Everything in one call. Pictures and planes are float32."""
         with torch.autocast(source_image.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            source = self.architecture.encode_source(source_image, source_motion, motion_scale)
-            driving = self.architecture.encode_driver(driver, source, self.render_at_rest)
-            planes = self.architecture.planes(source, driving, motion_scale).float()
+            source = self.encode_source(source_image, source_motion, motion_scale)
+            planes, driving = self.driven_planes(source, driver, motion_scale)
+        planes = planes.float()
         posed, background = self.pose(shape, motion), source.background.float()
         images = self.render(planes, background, posed, camera, generator=generator, resolution=resolution, precision=precision)
         return Reconstruction(images, planes, source, driving)

@@ -15,7 +15,7 @@ from reconstructor.frozen_networks import NetworkFiles
 from reconstructor.losses import LossConfig
 from reconstructor.model import ReconstructorConfig
 from reconstructor.order import BatchConfig
-from reconstructor.stages import StageConfig, check_stages, largest_weights, stage_at, with_weights
+from reconstructor.stages import StageConfig, check_stages, largest_weights, stage_at, stage_number, with_weights
 
 FREE_TO_CHANGE = (
     "out",
@@ -122,3 +122,7 @@ class ReconstructorRun:
     def losses_of_all_stages(self) -> LossConfig:
         """Each term with its largest weight in any stage: what labels and networks the run needs."""
         return largest_weights(self.losses, self.all_stages())
+
+    def schedule_at(self, images_seen: int) -> dict[str, float]:
+        """For the log: number of the stage (from 0) and rays a side in the step that starts at `images_seen`."""
+        return {"schedule/stage": stage_number(self.all_stages(), images_seen), "schedule/rays": self.rays_at(images_seen)}

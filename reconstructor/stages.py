@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -38,14 +39,15 @@ class StageConfig:
     losses: dict[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)  # loss term -> its weight here; 0 turns it off
 
 
+def stage_number(stages: Sequence[StageConfig], images_seen: int) -> int:
+    """Which of them (from 0) the step that starts at `images_seen` is in."""
+    ends = itertools.accumulate(math.inf if stage.images is None else stage.images for stage in stages)
+    return next(number for number, end in enumerate(ends) if images_seen < end)
+
+
 def stage_at(stages: Sequence[StageConfig], images_seen: int) -> StageConfig:
     """The stage of the step that starts at `images_seen`."""
-    begins = 0
-    for stage in stages:
-        begins = math.inf if stage.images is None else begins + stage.images
-        if images_seen < begins:
-            return stage
-    raise AssertionError("the last stage goes on to the end (check_stages)")
+    return stages[stage_number(stages, images_seen)]
 
 
 def with_weights(losses: LossConfig, weights: Mapping[str, float]) -> LossConfig:

@@ -52,7 +52,7 @@ def step(
     batch: Batch,
     images_seen: int,
     process: distributed.Process,
-    watch: Stopwatch | None = None,  # takes the laps forward, backward and update
+    watch: Stopwatch | None = None,  # takes the laps forward, backward, update, discriminator
 ) -> dict[str, float]:
     """One update from this process's part of a batch; none if the loss is not finite. While the adversarial term counts, the
     discriminator then takes its own. Returns means over all processes for the log.
@@ -88,9 +88,10 @@ def step(
     if math.isfinite(totals["loss/total"]):
         learner.optimizer.step()
         learner.ema.update(learner.model, images_seen + config.batches.size, config.batches.size)
+    watch.lap("update")
     if adversary:
         totals |= adversary.step(shown, images_seen // config.batches.size, process)
-    watch.lap("update")
+        watch.lap("discriminator")
     return totals
 
 

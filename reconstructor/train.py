@@ -81,7 +81,8 @@ def _train(config: ReconstructorRun, process: distributed.Process, caches: Seque
                 if config.batches.damaged == "replace":  # samples so far, of all processes
                     here = {"data/replaced_samples": stream.replaced * process.world_size}
                     speed |= distributed.mean_scalars(here, process.device)
-                run.log.scalars(images_seen, means | speed | {"speed/images_per_s": (images_seen - window[0]) / seconds})
+                speed["speed/images_per_s"] = (images_seen - window[0]) / seconds
+                run.log.scalars(images_seen, means | speed | config.schedule_at(images_seen - size))
                 run.bar.set_postfix(loss=f"{means['loss/total']:.3f}", **{name: f"{share:.0%}" for name, share in shares.items()})
                 window = (images_seen, time.perf_counter())
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):

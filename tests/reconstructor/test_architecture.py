@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from head3d.cameras import frontal
 from head3d.labels import Motion, unpack_label
 from head3d.run.checkpoint import latest_checkpoint
+from head3d.run.errors import ConfigError
 from head3d.run.runlog import read_metrics
 from reconstructor import model as modelling
 from reconstructor.architectures.portrait4d import Portrait4DConfig
@@ -47,9 +48,11 @@ class ToyLift(nn.Module):
         self.behind = nn.Conv2d(3, config.background_channels, 1)
 
     def encode_source(self, image, motion, motion_scale):
+        assert motion is None
         return LiftCode(self.lift(image).unflatten(1, (3, -1)), torch.sigmoid(self.behind(image)))
 
     def encode_driver(self, driver, source, render):
+        assert driver.motion is None  # it does not say that it needs one
         with torch.no_grad():
             lifted = self.encode_source(driver.image, None, None)
             seen = render(lifted.planes, lifted.background, frontal(len(driver.image))).image
@@ -82,4 +85,6 @@ def test_a_toy_architecture_trains_and_is_exported_through_the_one_trainer(toy):
     first, second = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     avatar, rest = Avatar.from_image(model, first), Motion.neutral(1)
     driven = [avatar.view(avatar.pose(rest, image=image), frontal()).image for image in (second, -second)]
+    with pytest.raises(ConfigError, match=r"expected driver_image, which this architecture \(ToyLift\) reads, got none"):
+        avatar.pose(rest)
     assert not torch.equal(*driven)  # the driver's picture reaches it, and the motion, which is at rest, would not

@@ -65,6 +65,7 @@ def test_a_frozen_group_keeps_its_bytes_and_its_optimiser_state_begins_when_it_t
 def test_a_stage_changes_weights_of_losses_for_its_time_only(staged):
     lines = read_metrics(staged.out)
     assert ["loss/opacity" in line for line in lines] == [False, False, True, True]
+    assert [line["schedule/stage"] for line in lines] == [0, 0, 1, 1] and {line["schedule/rays"] for line in lines} == {16}
     assert lines[1]["loss/points"] > 5 * lines[2]["loss/points"]  # weight 1, then 0.1
 
 
