@@ -16,7 +16,15 @@ from datagen.worker import load_planned_generator
 from genhead.generator import GenHead
 from head3d.adversarial import Ema
 from head3d.head_model import load_head_model
-from head3d.run.checkpoint import Checkpoint, export_model, pack_optimizer, save_checkpoint, unpack_optimizer
+from head3d.run.checkpoint import (
+    Checkpoint,
+    export_model,
+    exported_images_seen,
+    load_exported,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+)
 from head3d.run.config import config_hash, to_dict
 from head3d.run.errors import AssetError, ConfigError
 from head3d.run.seeding import torch_generator, weights_drawn_from
@@ -111,7 +119,7 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, fresh: boo
     with weights_drawn_from(torch_generator(config.seed, "reconstructor", "weights")):
         model = Reconstructor(config.model, head).to(device)
     folder = config.generator or Path(plan.generator.folder)
-    if fresh and config.warm_start:
+    if fresh and config.warm_start and config.start_from is None:
         take_from_generator(model, load_planned_generator(plan, folder, str(device)))
     averaged = copy.deepcopy(model, {id(head): head}).eval().requires_grad_(False)  # one head model for both
     if config.recompute_activations:
@@ -151,6 +159,27 @@ def take_from_generator(model: Reconstructor, generator: GenHead) -> None:
                 "the generator's widths (its config.yaml lies beside its weights), or start at random with --warm_start false"
             )
         getattr(model, name).load_state_dict(other)
+
+
+def begin(config: ReconstructorRun, learner: Learner) -> int:
+    """The first step's weights, from `start_from` if it is given. Returns the images seen by them; the schedules go on from there.
+
+    Raises ConfigError if the exported reconstructor has other settings, AssetError if a file is missing or damaged.
+    """
+    if config.start_from is None:
+        return 0
+    weights, exported = load_exported(config.start_from, ReconstructorExport, EXPORT_KIND)
+    images_seen = exported_images_seen(config.start_from)
+    own = dataclasses.replace(config.model, render_resolution=config.rays_at(images_seen))
+    if exported.model != own or exported.motion_encoder_hash != learner.vectors.weights_hash:
+        what = "settings of model" if exported.model != own else "motion vectors"
+        raise ConfigError(
+            f"start_from: {config.start_from} has other {what} than this run; take it from its config.yaml, or start at random with "
+            "--start_from None"
+        )
+    for model in (learner.model, learner.averaged):
+        model.load_weights(weights, str(config.start_from))
+    return images_seen
 
 
 def circumstances(data: Mixture, frozen: FrozenNetworks, vectors: MotionVectors) -> dict[str, Any]:
@@ -203,4 +232,4 @@ def export(config: ReconstructorRun, learner: Learner, images_seen: int) -> Path
     vectors = learner.vectors
     model = dataclasses.replace(config.model, render_resolution=config.rays_at(images_seen))
     settings = ReconstructorExport(learner.head_model, str(vectors.folder) if vectors.folder else "", vectors.weights_hash, model)
-    return export_model(config.out / "export", learner.averaged.weights(), settings, EXPORT_KIND, images_seen)
+    return export_model(config.out / "export", learner.averaged.weights(), settings, EXPORT_KIND, images_seen, half=config.export_half)

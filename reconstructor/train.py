@@ -19,7 +19,7 @@ from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.training import check_finite, crossed, is_finished, open_run, process_group
 from reconstructor.batches import BatchStream
 from reconstructor.frozen_networks import check_networks
-from reconstructor.learner import build, check_data, circumstances, export, restore, save
+from reconstructor.learner import begin, build, check_data, circumstances, export, restore, save
 from reconstructor.losses import members_needed
 from reconstructor.mixture import open_mixture, places_of
 from reconstructor.preview import preview_batch, preview_picture
@@ -47,7 +47,7 @@ def _train(config: ReconstructorRun, process: distributed.Process, caches: Seque
     saved = latest_checkpoint(config.out)
     learner = build(config, open_plan(places_of(config.shards)[0]), process.device, fresh=saved is None)
     around = circumstances(data, learner.frozen, learner.vectors)
-    images_seen = restore(config, learner, saved, around) if saved else 0
+    images_seen = restore(config, learner, saved, around) if saved else begin(config, learner)
     if is_finished(config, images_seen, process):
         return 0
     preview = learner.vectors.of_batch(preview_batch(config, data.datasets[0]).to(process.device))

@@ -184,6 +184,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(world, tmp_path, 
         train(dataclasses.replace(parts, total_images=20))
 
 
+def test_a_run_goes_on_from_an_exported_reconstructor_with_its_clock(world, tmp_path):
+    first = world.run(tmp_path / "first", total_images=8, export_half=True)
+    assert train(first) == 0
+    exported = load_reconstructor(first.out / "export").weights()
+    onward = dataclasses.replace(first, out=tmp_path / "onward", start_from=first.out / "export", total_images=12)
+    assert train(onward) == 0
+    assert [line["images_seen"] for line in read_metrics(onward.out)] == [12]
+    moved = [(latest_checkpoint(onward.out).tensors[f"model/{name}"] - value).abs().max() for name, value in exported.items()]
+    assert 0 < max(moved) < 0.01, "one step from the exported weights, neither from noise nor from the generator's"
+    other = dataclasses.replace(onward.model.architecture, token_width=2 * onward.model.architecture.token_width)
+    wider = dataclasses.replace(onward, out=tmp_path / "wider", model=dataclasses.replace(onward.model, architecture=other))
+    with pytest.raises(ConfigError, match="other settings of model"):
+        train(wider)
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(world, tmp_path, monkeypatch):
     config = world.run(tmp_path / "run")
     step, calls = training.step, []
