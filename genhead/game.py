@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genhead.autoencoder import AutoencoderConfig, PortraitEncoder, divergence, draw_rays, feature_weight, ray_loss
 from genhead.generator import GenHead, GenHeadConfig, GenHeadOutput
 from genhead.losses import (
     DiscriminatorParts,
@@ -37,13 +38,14 @@ from head3d.adversarial import (
     r1_penalty,
     sanitise_gradients,
 )
+from head3d.cameras import Camera
 from head3d.deformation import PosedHead
 from head3d.head_model import HeadModel
 from head3d.labels import HeadLabel, unpack_label
 from head3d.networks.discriminator import Discriminator, DiscriminatorConfig, split_batch
 from head3d.run.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from head3d.run.distributed import Process, average_gradients, average_tensors
-from head3d.run.seeding import torch_generator, weights_drawn_from
+from head3d.run.seeding import normal, torch_generator, weights_drawn_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,7 @@ class GameConfig:
     reuse_fakes: bool = False  # the discriminator judges the generator step's pictures instead of fresh ones: a third less work
     ema_images: PositiveFloat = 10_000.0  # half-life of the averaged weights, images
     ema_ramp: NonNegativeFloat = 0.05  # half-life is at most this share of the images seen; 0 = no ramp
+    autoencoder: AutoencoderConfig = AutoencoderConfig()  # portraits rendered again; not published, for trainings of few images
 
 
 class Conditions(NamedTuple):
@@ -94,6 +97,8 @@ class Game:
         with weights_drawn_from(torch_generator(seed, "genhead", "weights")):
             self.generator = GenHead(model, head).to(self.device)
             self.discriminator = Discriminator(discriminator).to(self.device)
+            encodes = config.autoencoder.weight > 0
+            self.encoder = PortraitEncoder(discriminator, model.z_dim).to(self.device) if encodes else None
         shared = {id(self.generator.head_model): self.generator.head_model}
         self.averaged = copy.deepcopy(self.generator, shared).eval().requires_grad_(False)
         self.ema = Ema(self.averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
@@ -101,12 +106,16 @@ class Game:
             "generator": lazy_adam(self.generator.parameters(), config.generator_rate, config.smoothness_every),
             "discriminator": lazy_adam(self.discriminator.parameters(), config.discriminator_rate, config.r1_every),
         }
+        if self.encoder is not None:
+            both = [*self.generator.parameters(), *self.encoder.parameters()]
+            self.optimizers["autoencoder"] = torch.optim.Adam(both, config.autoencoder.rate, (0.9, 0.99))
         parts = split_batch(config.batch, process.world_size * config.accumulation, discriminator.group_size)
         self.parts = parts.chunk(process.world_size)[process.rank]  # [accumulation, samples] numbers in the batch, of this process
 
     def networks(self) -> dict[str, torch.nn.Module]:
         """What a checkpoint holds, by name."""
-        return {"generator": self.generator, "averaged": self.averaged, "discriminator": self.discriminator}
+        networks = {"generator": self.generator, "averaged": self.averaged, "discriminator": self.discriminator}
+        return networks if self.encoder is None else networks | {"encoder": self.encoder}
 
     # -- one step ---------------------------------------------------------------------------------------------------------
 
@@ -116,12 +125,19 @@ class Game:
         labels [N, 437] of the whole set, real = (image [B, 3, S, S] in [-1, 1], matte [B, 1, S, S] in [0, 1], label [B, 437]) of
         the samples self.parts of the batch, in that order. Returns scalars for the log, means over this process's samples.
         """
-        scalars, fakes = self.generator_step(labels, images_seen)
+        batches = list(zip(*(tensor.to(self.device).chunk(len(self.parts)) for tensor in real), strict=True))
+        scalars: dict[str, Tensor] = {}
+        if self.encoder is not None:
+            scalars |= self.autoencoder_step(labels, batches, images_seen)
+        plays = self.encoder is None or images_seen >= self.config.autoencoder.alone_until
+        if plays:
+            generated, fakes = self.generator_step(labels, images_seen)
+            scalars |= generated
         if self.regularizers.smoothness and step % self.config.smoothness_every == 0:
             scalars |= self.smoothness_step(labels, images_seen)
-        batches = list(zip(*(tensor.to(self.device).chunk(len(self.parts)) for tensor in real), strict=True))
-        scalars |= self.discriminator_step(labels, batches, images_seen, fakes if self.config.reuse_fakes else None)
-        if step % self.config.r1_every == 0:
+        if plays:
+            scalars |= self.discriminator_step(labels, batches, images_seen, fakes if self.config.reuse_fakes else None)
+        if plays and step % self.config.r1_every == 0:
             scalars |= self.penalty_step(batches, images_seen)
         self.ema.update(self.generator, images_seen, self.config.batch)
         return scalars
@@ -144,10 +160,7 @@ class Game:
             fakes.append((fake.detach(), camera))
             mean_w += ws[:, 0].detach().mean(0) / len(self.parts)
             logits = self.discriminator(blur_images(fake, sigma), camera)
-            losses = {"adversarial": generator_loss(logits)} | part_regularizers(output, self.regularizers)
-            if self.regularizers.surface:
-                mesh = mesh_view(self.generator.head_model, posed.vertices_posed, conditions.label.camera, output.images.depth.shape[-1])
-                losses["surface"] = mesh_surface(output.images, mesh, self.regularizers)
+            losses = {"adversarial": generator_loss(logits)} | self._regularize(output, posed, conditions.label.camera)
             (sum(losses.values()) / len(self.parts)).backward()
             scalars.add(losses | {"logits": logits.mean(), "opacity": output.images.opacity.mean()})
         self._update("generator", self.generator)
@@ -167,6 +180,34 @@ class Game:
             (loss / len(self.parts)).backward()
             scalars.add({"smoothness": loss})
         self._update("generator", self.generator)
+        return scalars.values
+
+    def autoencoder_step(self, labels: Tensor, real: list[tuple[Tensor, Tensor, Tensor]], images_seen: int) -> dict[str, Tensor]:
+        """One update of generator and encoder by the step's portraits, encoded and rendered again with their own shape, motion, camera.
+
+        Half of the planes are conditioned on another portrait's camera, so that they do not depend on the view.
+        """
+        assert self.encoder is not None
+        config, model = self.config.autoencoder, self.generator
+        scalars = _Scalars("autoencoder", len(self.parts))
+        self.optimizers["autoencoder"].zero_grad(set_to_none=True)
+        for members, (image, matte, label) in zip(self.parts, real, strict=True):
+            draws = [torch_generator(self.seed, "autoencoder", images_seen, number, device=self.device) for number in members.tolist()]
+            camera, shape, motion = unpack_label(label)
+            posed = model.pose(shape, motion.without_neck())
+            mean, log_variance = self.encoder(image)
+            z = mean + normal(mean.shape, draws, mean) * (log_variance / 2).exp()
+            ws = model.map(z, self._shown_cameras(labels, label, images_seen, members), shape)
+            planes = model.planes(ws, noise="random", generator=draws)
+            weight = feature_weight(model.head_model, posed.vertices_posed, camera, model.config.render_resolution, config.features)
+            chosen = draw_rays(weight, config.rays, draws)
+            output = model.render_chosen(planes, model.background(z), posed, camera, chosen, generator=draws)
+            rays = ray_loss(output.images, real_parts(model, image, matte, posed.vertices_posed, camera), chosen)
+            losses = {"rays": config.weight * rays, "divergence": config.weight * config.divergence * divergence(mean, log_variance)}
+            losses |= self._regularize(output, posed, camera, chosen)
+            (sum(losses.values()) / len(self.parts)).backward()
+            scalars.add(losses)
+        self._update("autoencoder", torch.nn.ModuleList([model, self.encoder]))
         return scalars.values
 
     def discriminator_step(
@@ -229,6 +270,24 @@ class Game:
             condition_shape=condition.shape,
             draws=[torch_generator(self.seed, phase, images_seen, number, device=self.device) for number in members.tolist()],
         )
+
+    def _shown_cameras(self, labels: Tensor, label: Tensor, images_seen: int, members: Tensor) -> Tensor:
+        """Camera labels [B, 25] that planes of portraits [B, 437] are conditioned on: their own, or by half any other portrait's."""
+        draws = torch_generator(self.seed, "autoencoder cameras", images_seen)
+        others = torch.randint(labels.shape[0], (self.config.batch,), generator=draws)[members]
+        swap = torch.rand(self.config.batch, generator=draws)[members] < 0.5
+        other = labels[others].to(label.device)
+        return torch.where(swap.to(label.device)[:, None], other, label)[:, :25]
+
+    def _regularize(self, output: GenHeadOutput, posed: PosedHead, camera: Camera, chosen: Tensor | None = None) -> dict[str, Tensor]:
+        """The regularisers of rendered heads, weighted; `chosen` [B, n] if they are strips of those rays."""
+        losses = part_regularizers(output, self.regularizers)
+        if self.regularizers.surface:
+            mesh = mesh_view(self.generator.head_model, posed.vertices_posed, camera, self.generator.config.render_resolution)
+            if chosen is not None:
+                mesh = mesh.strip(chosen)
+            losses["surface"] = mesh_surface(output.images, mesh, self.regularizers)
+        return losses
 
     def _planes(self, conditions: Conditions) -> tuple[Tensor, Tensor]:
         """Styles [B, L, w_dim] and planes [B, 2, 3, C, P, P]."""

@@ -17,6 +17,7 @@ import functools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genhead.background import BackgroundConfig, BackgroundGenerator
@@ -27,8 +28,8 @@ from head3d.head_model import HeadModel, load_head_model
 from head3d.labels import SHAPE_SIZE, Motion
 from head3d.networks.stylegan2 import Mapping, Precision, Synthesis
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
-from head3d.rasterize import Backend, part_masks
-from head3d.rendering import HeadImages, RaySampling, compose_pictures, render_rays
+from head3d.rasterize import Backend, PartMasks, part_masks
+from head3d.rendering import HeadImages, RaySampling, Rendered, compose_pictures, render_rays
 from head3d.run.checkpoint import fill_weights, load_exported
 from head3d.run.config import PositiveInt
 from head3d.run.errors import AssetError
@@ -140,26 +141,75 @@ class GenHead(nn.Module):
         precision: Precision = "float32",  # of super-resolution; rays are always float32
     ) -> GenHeadOutput:
         """Render one picture per batch entry."""
-        config, side = self.config, resolution or self.config.render_resolution
+        side = resolution or self.config.render_resolution
+        rendered, masks, field = self._march(planes, posed, camera, side, None, generator)
+        images = compose_pictures(rendered, background, side, functools.partial(self.superresolution, precision=precision))
+        images = dataclasses.replace(images, eye_mask=masks.eye, mouth_mask=masks.mouth, head_mask=masks.head)
+        return GenHeadOutput(images, tuple(field.passes), field)
+
+    def render_chosen(
+        self,
+        planes: Tensor,  # as `render`
+        background: Tensor,
+        posed: PosedHead,
+        camera: Camera,
+        chosen: Tensor,  # [B, n] int64, row-major numbers of the R * R rays
+        *,
+        generator: Draws | None = None,
+    ) -> GenHeadOutput:
+        """Some rays of each picture, as strips: every picture of the result is [B, C, 1, n], and the final one is the raw one.
+
+        Training by single pixels needs no super-resolution and pays only for the rays that it looks at.
+        """
+        side = self.config.render_resolution
+        rendered, masks, field = self._march(planes, posed, camera, side, chosen, generator)
+
+        def strip(picture: Tensor) -> Tensor:
+            return _chosen(picture.flatten(2).transpose(1, 2), chosen).transpose(1, 2)[:, :, None]
+
+        behind = strip(F.interpolate(background, size=(side, side), mode="bilinear", align_corners=False))
+        foreground, transmittance = rendered.colors.transpose(1, 2)[:, :, None], rendered.transmittance[:, None, None]
+        features = (foreground + transmittance * behind) * 2 - 1
+        images = HeadImages(
+            image=features[:, :3],
+            raw=features[:, :3],
+            features=features,
+            foreground=foreground,
+            background=behind * 2 - 1,
+            depth=rendered.depth[:, None, None],
+            opacity=1 - transmittance,
+            rays=rendered,
+            eye_mask=strip(masks.eye),
+            mouth_mask=strip(masks.mouth),
+            head_mask=strip(masks.head),
+        )
+        return GenHeadOutput(images, tuple(field.passes), field)
+
+    def _march(
+        self, planes: Tensor, posed: PosedHead, camera: Camera, side: int, chosen: Tensor | None, generator: Draws | None
+    ) -> tuple[Rendered, PartMasks, PartField]:
+        """The rays of a picture of that side, all or the chosen [B, n]; the masks of the whole picture; the field that was asked."""
+        config = self.config
         masks = part_masks(
             self.head_model, posed.vertices_posed, camera, side, raster_resolution=config.mask_resolution, published=config.published
         )
         origins, directions = camera_rays(camera, side)
         near, far = ray_bounds(camera, config.sampling.box_side)
+        per_ray = [masks.eye.flatten(1)[..., None], masks.mouth.flatten(1)[..., None], origins, directions]
+        if chosen is not None:
+            per_ray = [_chosen(values, chosen) for values in per_ray]
+        eye, mouth, origins, directions = per_ray
         field = PartField(
             planes,
             self.decoder,
             self.deformation,
             posed,
-            eye_mask=masks.eye.flatten(1),
-            mouth_mask=masks.mouth.flatten(1),
+            eye_mask=eye[..., 0],
+            mouth_mask=mouth[..., 0],
             box_side=config.sampling.box_side,
             fuse_mouth=side > 64,
         )
-        rendered = render_rays(field, origins, directions, near, far, config.sampling, generator)
-        images = compose_pictures(rendered, background, side, functools.partial(self.superresolution, precision=precision))
-        images = dataclasses.replace(images, eye_mask=masks.eye, mouth_mask=masks.mouth, head_mask=masks.head)
-        return GenHeadOutput(images, tuple(field.passes), field)
+        return render_rays(field, origins, directions, near, far, config.sampling, generator), masks, field
 
     def sample_head_features(self, planes: Tensor, points_without_neck: Tensor, posed: PosedHead) -> Tensor:
         """Features [B, N, C] of the head planes T_h at the canonical positions of points [B, N, 3] (the plane-point label)."""
@@ -183,6 +233,11 @@ class GenHead(nn.Module):
         ws = self.map(z, condition, shape, truncation_psi)
         posed = self.pose(shape, motion)
         return self.render(self.planes(ws, noise, generator), self.background(z), posed, camera, generator=generator)
+
+
+def _chosen(per_ray: Tensor, chosen: Tensor) -> Tensor:
+    """Of values [B, R * R, C], those of the rays `chosen` [B, n]: [B, n, C]."""
+    return per_ray.gather(1, chosen[..., None].expand(-1, -1, per_ray.shape[-1]))
 
 
 @dataclasses.dataclass(frozen=True)

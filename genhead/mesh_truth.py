@@ -34,6 +34,10 @@ class MeshView(NamedTuple):
         """[B, 1, R, R] bool, where the mesh is."""
         return self.distance.isfinite()
 
+    def strip(self, chosen: Tensor) -> MeshView:
+        """What the rays `chosen` [B, n] of the R * R see, [B, 1, 1, n] each."""
+        return MeshView(*(values.flatten(1).gather(1, chosen)[:, None, None] for values in self))
+
 
 class HeadView(NamedTuple):
     """A picture of a head with the depth it was rendered from."""

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genhead.autoencoder import PortraitEncoder
 from genhead.generator import GenHead
+from genhead.pool import PortraitPool
 from head3d.cameras import frontal, orbit
 from head3d.labels import EXPRESSION_SIZE, HeadLabel, Motion, unpack_label
 from head3d.pictures import colorize, grid, to_uint8
@@ -16,6 +18,7 @@ from head3d.run.seeding import torch_generator
 TRUNCATIONS = (0.0, 0.35, 0.7, 1.0)
 VIEWS_YAW_RAD = (-0.7, -0.25, 0.25, 0.7)
 COLUMNS = 4
+GAZE_RAD = 0.4
 
 
 def four_motions() -> Motion:
@@ -24,7 +27,7 @@ def four_motions() -> Motion:
     expression[2, 0], expression[3, 1] = 2.0, 2.0
     jaw, eyes = torch.zeros(COLUMNS, 3), torch.zeros(COLUMNS, 6)
     jaw[1, 0] = 0.25
-    eyes[2, [1, 4]], eyes[3, [1, 4]] = 0.4, -0.4
+    eyes[2, [1, 4]], eyes[3, [1, 4]] = GAZE_RAD, -GAZE_RAD
     return Motion(expression, torch.zeros(COLUMNS, 3), jaw, eyes)
 
 
@@ -63,6 +66,22 @@ def sample_pictures(genhead: GenHead, labels: Tensor, seed: int, identities: int
     pictures["views"] = grid(to_uint8(images.image), COLUMNS)
     pictures["depth"] = grid(_depth(images), COLUMNS)
     return pictures
+
+
+@torch.no_grad()
+def encoded_pictures(genhead: GenHead, encoder: PortraitEncoder, pool: PortraitPool, portraits: int = 8) -> np.ndarray:
+    """The first portraits; the same rendered again from their codes; with the jaw open; looking left; looking right: uint8 rows."""
+    device = next(genhead.parameters()).device
+    image, _, label = (values.to(device) for values in pool.batch(torch.arange(min(portraits, len(pool)))))
+    camera, shape, motion = unpack_label(label)
+    motion, z = motion.without_neck(), encoder(image)[0]
+    planes, background = genhead.planes(genhead.map(z, camera.label(), shape)), genhead.background(z)
+    jaw, left = torch.zeros_like(motion.jaw_pose), torch.zeros_like(motion.eye_pose)
+    jaw[:, 0], left[:, [1, 4]] = 0.25, GAZE_RAD
+    rows = [image]
+    for shown in (motion, motion._replace(jaw_pose=jaw), motion._replace(eye_pose=left), motion._replace(eye_pose=-left)):
+        rows.append(genhead.render(planes, background, genhead.pose(shape, shown), camera).images.image)
+    return grid(to_uint8(torch.cat(rows)), len(image))
 
 
 def _rows(columns: list[Tensor]) -> np.ndarray:

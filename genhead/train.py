@@ -21,7 +21,7 @@ from genhead.generator import EXPORT_KIND, GenHeadConfig, GenHeadExport
 from genhead.losses import RegularizerConfig
 from genhead.pool import PortraitPool, PortraitSampling
 from genhead.portraits import PortraitSet
-from genhead.samples import sample_pictures
+from genhead.samples import encoded_pictures, sample_pictures
 from head3d.head_model import load_head_model
 from head3d.networks.discriminator import DiscriminatorConfig, deviation_group
 from head3d.rasterize import Backend
@@ -67,6 +67,7 @@ FREE_TO_CHANGE = (
     "threads",
 )  # on resume
 DISCRIMINATOR_KIND, DISCRIMINATOR_FOLDER = "genhead-discriminator", "discriminator"
+ENCODER_KIND, ENCODER_FOLDER = "genhead-encoder", "encoder"
 ADVICE = "Lower the learning rates or raise game.r1.image and call the same command again"
 
 
@@ -75,6 +76,14 @@ class DiscriminatorExport:
     """What config.yaml beside an exported discriminator holds."""
 
     discriminator: DiscriminatorConfig = DiscriminatorConfig()  # the network
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderExport:
+    """What config.yaml beside an exported encoder of portraits holds."""
+
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()  # whose residual blocks it has
+    z_dim: PositiveInt = 512  # latent size of the generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +148,13 @@ def _train(config: GenHeadRun, process: distributed.Process) -> int:
             if finished or crossed(images_seen, size, config.log_every):
                 means = run.means.take()
                 run.log.scalars(images_seen, means)
-                run.bar.set_postfix_str(", ".join(f"D({kind})={means[f'discriminator/{kind}_logits']:.2f}" for kind in ("real", "fake")))
+                names = {"D(real)": "discriminator/real_logits", "D(fake)": "discriminator/fake_logits", "rays": "autoencoder/rays"}
+                run.bar.set_postfix_str(", ".join(f"{shown}={means[name]:.2f}" for shown, name in names.items() if name in means))
             if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
                 for name, picture in sample_pictures(game.averaged, pool.labels, config.seed).items():
                     run.log.image(images_seen, name, picture)
+                if game.encoder is not None:
+                    run.log.image(images_seen, "portraits", encoded_pictures(game.averaged, game.encoder, pool))
             if features and (finished or crossed(images_seen, size, config.evaluate_every)):
                 kept = config.out / "evaluation"  # the portraits' statistics
                 arguments = (portraits, features, config.measures, config.seed)
@@ -203,19 +215,32 @@ def begin(config: GenHeadRun, game: Game) -> int:
     """
     if config.start_from is None:
         return 0
-    players = {
-        "model": (config.start_from, GenHeadExport, EXPORT_KIND, (game.generator, game.averaged)),
-        "discriminator": (config.start_from / DISCRIMINATOR_FOLDER, DiscriminatorExport, DISCRIMINATOR_KIND, (game.discriminator,)),
-    }
-    for name, (folder, export_class, kind, networks) in players.items():
+    model, opponent = config.model, config.discriminator
+    start, players = config.start_from, game.networks()
+    # what, where, how it was exported, the settings that must be equal, the networks that it fills
+    exports = [
+        ("model", start, GenHeadExport, EXPORT_KIND, {"model": model}, ("generator", "averaged")),
+        (
+            "discriminator",
+            start / DISCRIMINATOR_FOLDER,
+            DiscriminatorExport,
+            DISCRIMINATOR_KIND,
+            {"discriminator": opponent},
+            ("discriminator",),
+        ),
+    ]
+    if game.encoder is not None and (start / ENCODER_FOLDER).is_dir():  # a generator trained without one has none: it begins at random
+        equal = {"discriminator": opponent, "z_dim": model.z_dim}
+        exports.append(("encoder", start / ENCODER_FOLDER, EncoderExport, ENCODER_KIND, equal, ("encoder",)))
+    for name, folder, export_class, kind, equal, filled in exports:
         weights, exported = load_exported(folder, export_class, kind)
-        if getattr(exported, name) != getattr(config, name):
+        if any(getattr(exported, setting) != own for setting, own in equal.items()):
             raise ConfigError(
                 f"start_from: {folder} has other settings of {name} than this run; take them from its config.yaml, or start at random with "
                 "--start_from None"
             )
-        for network in networks:
-            fill_weights(network, weights, str(folder))
+        for player in filled:
+            fill_weights(players[player], weights, str(folder))
     return exported_images_seen(config.start_from)
 
 
@@ -252,10 +277,14 @@ def restore(config: GenHeadRun, game: Game, saved: Checkpoint, around: dict[str,
 
 
 def export(config: GenHeadRun, game: Game, images_seen: int) -> Path:
-    """Write the averaged generator for use, and below it the discriminator for going on from there: RUN/export."""
+    """Write the averaged generator for use, and below it its opponent and its encoder, if any, for going on from there: RUN/export."""
     folder = config.out / "export"
     opponent = DiscriminatorExport(discriminator=config.discriminator)
     weights = game.discriminator.state_dict()
     export_model(folder / DISCRIMINATOR_FOLDER, weights, opponent, DISCRIMINATOR_KIND, images_seen, half=config.export_half)
+    if game.encoder is not None:
+        about = EncoderExport(discriminator=config.discriminator, z_dim=config.model.z_dim)
+        weights = game.encoder.state_dict()
+        export_model(folder / ENCODER_FOLDER, weights, about, ENCODER_KIND, images_seen, half=config.export_half)
     settings = GenHeadExport(head_model=config.head_model, head_model_hash=game.averaged.head_model.content_hash, model=config.model)
     return export_model(folder, game.averaged.weights(), settings, EXPORT_KIND, images_seen, half=config.export_half)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from head3d.networks.resample import resize_antialias
 from head3d.networks.stylegan2 import Precision, SynthesisBlock
 from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt
-from head3d.run.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +20,10 @@ class SuperResolutionConfig:
 
     input_resolution: PositiveInt = 128  # px; raw image and features are resized to this before the first block
     feature_channels: PositiveInt = 32  # channels of the rendered features
-    channels: tuple[PositiveInt, ...] = (256, 128)  # one block that doubles the size for each entry; its feature channels
+    channels: tuple[PositiveInt, ...] = (
+        256,
+        128,
+    )  # feature channels of each block, which doubles the size; (): raw is final
     w_dim: PositiveInt = 512  # width of the style vector
     style: Literal["ones", "given"] = "ones"  # ones: w = 1, as the published generator was trained; given: the last ws passed in
     half_precision_blocks: NonNegativeInt = 2  # the last ... blocks in float16, on CUDA only
@@ -38,11 +40,6 @@ class SuperResolution(nn.Module):
 
     def __init__(self, config: SuperResolutionConfig) -> None:
         super().__init__()
-        if not config.channels or config.input_resolution < 1:
-            raise ConfigError(
-                "super-resolution: expected at least one entry in channels and input_resolution >= 1, "
-                f"got {config.channels} and {config.input_resolution}"
-            )
         self.config = config
         widths = (config.feature_channels, *config.channels)
         n = len(config.channels)

@@ -7,10 +7,8 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,11 +17,10 @@ from genhead.game import Game, GameConfig
 from genhead.generator import load_genhead
 from genhead.losses import RegularizerConfig
 from genhead.pool import PortraitSampling
-from genhead.portraits import Portrait, PortraitSet, create_record, encode_portrait, write_portraits
+from genhead.portraits import PortraitSet, create_record, encode_portrait, write_portraits
 from genhead.train import GenHeadRun, train
 from head3d.cameras import orbit
-from head3d.labels import Motion, pack_label
-from head3d.networks.discriminator import DiscriminatorConfig
+from head3d.labels import Motion
 from head3d.rendering import RaySampling
 from head3d.run.checkpoint import latest_checkpoint
 from head3d.run.config import load_yaml, save_yaml
@@ -31,45 +28,6 @@ from head3d.run.errors import AssetError, ConfigError
 from head3d.run.runlog import read_metrics
 from head3d.run.training import Divergence
 from pipelines.portraits import PortraitsRun
-
-DISCRIMINATOR = DiscriminatorConfig(resolution=16, channel_base=64, channel_max=8, mapping_layers=1)
-
-
-@pytest.fixture(scope="module")
-def portraits(tmp_path_factory) -> Path:
-    generator, path = torch.Generator().manual_seed(0), tmp_path_factory.mktemp("portraits") / "set"
-    count = 6
-    camera = orbit(torch.linspace(-0.5, 0.5, count), torch.zeros(count), torch.full((count,), 4.17))
-    labels = pack_label(camera, torch.randn(count, 300, generator=generator), Motion.neutral(count)).numpy()
-    rng = np.random.default_rng(0)
-    pictures = [
-        Portrait(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8), rng.integers(0, 255, (16, 16), dtype=np.uint8), label)
-        for label in labels
-    ]
-    write_portraits(path, pictures, 16, count, {})
-    return path
-
-
-@pytest.fixture(scope="module")
-def run_of(tiny_genhead) -> Callable[..., GenHeadRun]:
-    """Settings of a run of three steps: `run_of(out, portraits, **changes)`."""
-
-    def build(out: Path, portraits: Path, **changes) -> GenHeadRun:
-        run = GenHeadRun(
-            out=out,
-            portraits=portraits,
-            total_images=12,
-            log_every=4,
-            pictures_every=1000,
-            checkpoint_every=4,
-            keep=9,
-            game=GameConfig(batch=4, r1_every=2, smoothness_every=2, blur_sigma=1.0, blur_images=8, swap_images=8, ema_images=8.0),
-            model=tiny_genhead(16),
-            discriminator=DISCRIMINATOR,
-        )
-        return dataclasses.replace(run, **changes)
-
-    return build
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +243,7 @@ def test_a_run_goes_on_from_an_exported_generator_with_its_clock(finished, portr
 
 
 def test_going_on_from_other_widths_is_refused(finished, portraits, tmp_path, run_of):
-    other = dataclasses.replace(DISCRIMINATOR, mapping_layers=2)
+    other = dataclasses.replace(run_of(tmp_path, portraits).discriminator, mapping_layers=2)
     with pytest.raises(ConfigError, match="other settings of discriminator"):
         train(run_of(tmp_path, portraits, discriminator=other, start_from=finished / "export"))
     with pytest.raises(AssetError, match="no such folder"):

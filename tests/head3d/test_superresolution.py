@@ -7,7 +7,6 @@ from torch.nn.functional import conv2d
 
 from head3d.networks.resample import resize_antialias, upsample2, upsample2_conv
 from head3d.networks.superresolution import SuperResolution, SuperResolutionConfig
-from head3d.run.errors import ConfigError
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -108,6 +107,7 @@ def test_no_noise_is_kept() -> None:
     assert not [name for name in tiny().state_dict() if "noise" in name]
 
 
-def test_a_configuration_without_blocks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="at least one entry"):
-        SuperResolution(SuperResolutionConfig(channels=()))
+def test_without_blocks_the_picture_is_the_raw_one() -> None:
+    network = SuperResolution(SuperResolutionConfig(input_resolution=8, feature_channels=4, channels=()))
+    raw = draw(2, 3, 8, 8)
+    assert network.config.output_resolution == 8 and torch.equal(network(raw, draw(2, 4, 8, 8, seed=1)), raw)
