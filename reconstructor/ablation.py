@@ -236,21 +236,20 @@ def text_table(result: dict[str, Any]) -> str:
 
 def ablation_page(config: AblationRun, result: dict[str, Any]) -> str:
     """The comparison as a page, with the pictures of every row's evaluation, which lie beside it."""
-    columns = measured(result)
-    by_column = [_lines(result, column) for column in columns]
+    columns, reference = measured(result), result["reference"]
     lines = []
-    for index, (name, row) in enumerate(result["rows"].items()):
-        numbers = [text for of_column in by_column for text in of_column[index][1:]]
-        paper = row["published_identity"]
-        lines.append((name, row["changes"], *numbers, "-" if paper is None else f"{paper:.3f}"))
-    reference = result["reference"]
-    header = [text for column in columns for text in (column.title, f"minus {reference}")]
+    for column in columns:
+        of_rows = _lines(result, column)
+        lines += [(column.title, *(mean for _, mean, _ in of_rows)), (f"minus {reference}", *(difference for _, _, difference in of_rows))]
+    published = [row["published_identity"] for row in result["rows"].values()]
+    lines.append(("paper's identity", *("-" if value is None else f"{value:.3f}" for value in published)))
     note = (
         f"Every row was shown {config.total_images} images. Mean and 95 % interval over identities, and the difference from {reference} on "
         "the same samples. Identity is the cosine of our own perception network's embeddings; the paper's is ArcFace's, on photographs."
     )
     orders = "".join(f"<p>{column.title}, best first: {order(result, column)}</p>" for column in columns)
-    body = [section("Rows", note, table(("row", "changes", *header, "paper's identity"), lines) + orders)]
+    changes = [(name, row["changes"]) for name, row in result["rows"].items()]
+    body = [section("Rows", note, table(("row", "changes"), changes) + table(("", *result["rows"]), lines) + orders)]
     task = "cross_reenactment"
     for name in result["rows"]:
         sheet = f"{name}/evaluation/sheet_{task}.png"
