@@ -256,7 +256,6 @@ def ablation_page(config: AblationRun, result: dict[str, Any]) -> str:
         if (config.out / sheet).exists():
             link = f'<p><a href="{name}/evaluation/index.html">More of this row</a></p>'
             body.append(section(f"Row {name}: cross-reenactment", changes_of(config, name), figure(sheet, 660, SHEET_COLUMNS[task]) + link))
-    body.append(
-        section("The perception network", "Differences below its own error mean little.", own_error_html(result["perception_errors"]))
-    )
+    if errors := result["perception_errors"]:
+        body.append(section("The perception network", "Differences below its own error mean little.", own_error_html(errors)))
     return page("Ablation", "What each part of the reconstructor's training is worth. All pictures are synthetic.", "\n".join(body))

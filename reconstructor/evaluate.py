@@ -81,7 +81,7 @@ def evaluate(config: EvaluateRun) -> int:
     """Measure, write OUT/{evaluation.json, samples.csv, table.csv, index.html, sheet_*.png, config.yaml} and print the table.
 
     Returns the exit status, 0. What is already measured, with equal settings and files, is only printed. Raises DataError if the split
-    holds no identity; a task that the held-out identities do not allow is left out and named.
+    holds no identity or allows no task; a task that the held-out identities do not allow is left out and named.
     """
     plan = open_plan(config.shards)
     record = {

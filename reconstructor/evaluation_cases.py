@@ -170,7 +170,7 @@ def draw_cases(dataset: ShardDataset, split: str, seed: int, identities: int, sa
     """The samples of the tasks, by task and source identity; those of a task are a pure function of (frames, seed, counts).
 
     At most `identities` source identities a task, `samples` samples of each; one sequence of each for steadiness.
-    Raises DataError if the split holds no identity.
+    Raises DataError if the split holds no identity or allows no task.
     """
     by_identity: dict[int, list[FrameEntry]] = {}
     for frame in dataset.frames:
@@ -194,6 +194,11 @@ def draw_cases(dataset: ShardDataset, split: str, seed: int, identities: int, sa
             for number in range(1 if task == "steadiness" else samples):
                 rng = numpy_generator(seed, "evaluate", task, identity, number)
                 cases.append(_draw_case(task, by_identity[identity], drivers, rng))
+    if not cases:
+        raise DataError(
+            f"{dataset.storage.address}: the identities of the split '{split}' allow none of the tasks {', '.join(tasks)}; "
+            "generate more identities and motions, or ask for others (--tasks)"
+        )
     return cases
 
 

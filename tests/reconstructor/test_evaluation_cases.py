@@ -153,3 +153,5 @@ def test_a_task_that_cannot_be_formed_is_left_out(world):
     dataset = open_dataset(world.shards)
     dataset.frames = [next(frame for frame in dataset.frames if frame.split == "test" and frame.kind == "static")]
     assert {case.task for case in draw_cases(dataset, "test", 0, 200, 2)} == {"static_lift", "novel_view"}
+    with pytest.raises(DataError, match=r"'test' allow none of the tasks self_reenactment, steadiness.*--tasks"):
+        draw_cases(dataset, "test", 0, 200, 2, ("self_reenactment", "steadiness"))
