@@ -6,7 +6,10 @@ section 6.8). The published ones are LPIPS on VGG-16 and ArcFace, for who has th
 trained for losses on made-up people takes both places (`perception.py`); what evaluates a reconstructor is another one, and is refused
 here. Logs call each by its own name: `perceptual` and `identity` are ours, `lpips` and `arcface` the published ones.
 
-Gradients flow into the rendered pictures, never into networks or truth.
+Gradients flow into the rendered pictures, never into networks or truth. Published weights are meant for LPIPS; our distance, a sum over
+layers without learned weights, began five to eight times as large as the L1 of the same pictures in a training of 64 x 64 pixels.
+Forward and backward pass of one sample of 512 x 512 pixels and 64 x 64 rays: LPIPS 504 GFLOP and 670 MB kept for the gradient, our
+distance (default widths) 32 GFLOP and 110 MB, ArcFace (IR-18) 16 GFLOP and 50 MB, our embedding 5 MB.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from head3d.run.runlog import read_metrics
 from head3d.run.training import Divergence, check_finite
 from reconstructor import mixture, steps
 from reconstructor import train as training
-from reconstructor.adversary import AdversaryConfig
+from reconstructor.adversary import Adversary, AdversaryConfig
 from reconstructor.architecture import Driver
 from reconstructor.batches import BatchStream
 from reconstructor.frozen_networks import FrozenNetworks
@@ -321,6 +321,8 @@ def test_the_paper_config_is_the_defaults_and_the_small_one_fits_its_generator(r
     for run in (paper, small):
         run.adversary.check(run.model.architecture.image_resolution, run.batches.size, processes=1, micro_batch=run.micro_batch)
     assert small.adversary.discriminator == load_yaml(GenHeadRun, root / "configs" / "genhead_small.yaml").discriminator
+    tiny = load_yaml(ReconstructorRun, root / "configs" / "reconstructor_tiny.yaml")
+    Adversary(tiny.adversary, 0, root / "pretrained" / "genhead-tiny").begin()  # its own settings, or it would be refused
     assert small.ema_images == 10_000 * small.batches.size / 32
 
 
