@@ -149,7 +149,7 @@ def two_processes() -> Callable[[Sequence[str]], list[str]]:
             for rank in "01"
         ]  # fmt: skip
         try:
-            outputs = [process.communicate(timeout=120) for process in processes]
+            outputs = [process.communicate(timeout=300) for process in processes]
         finally:
             for process in processes:
                 process.kill()  # the other one waits for ever when one has failed
