@@ -69,16 +69,17 @@ class ShardDataset:
             return frozenset()
         return frozenset(Copy(self.cache, self.tars[entry.members[name].tar]) for name in members)
 
-    def read(self, entry: FrameEntry, members: Sequence[str], dequantised: bool = True) -> dict[str, Any]:
+    def read(self, entry: FrameEntry, members: Sequence[str], dequantised: bool = True, view: int | None = None) -> dict[str, Any]:
         """Members of one frame by name: 'rgb.0', 'opacity', 'label', 'depth', 'json', 'identity.background', ...
 
         Pictures are uint8 [H, W, 3], 'parts' uint8, 'json' a dict, everything else float32 in scene units or [0, 1]; with
-        dequantised=False arrays come as stored. Raises DataError naming file, key and member if one is missing or damaged.
+        dequantised=False arrays come as stored. Of arrays with a row for each view, `view` takes one, which is then the only one that is
+        converted. Raises DataError naming file, key and member if one is missing or damaged.
         """
         each = map if self.cache is not None else self.storage.each  # requests travel side by side
-        return dict(zip(members, each(lambda name: self._read_member(entry, name, dequantised), members), strict=True))
+        return dict(zip(members, each(lambda name: self._read_member(entry, name, dequantised, view), members), strict=True))
 
-    def _read_member(self, entry: FrameEntry, name: str, dequantised: bool) -> Any:
+    def _read_member(self, entry: FrameEntry, name: str, dequantised: bool, view: int | None) -> Any:
         if name not in entry.members:
             raise DataError(
                 f"{self.storage.where()}: frame {entry.key} has no member {name!r}; it has {', '.join(sorted(entry.members))}. "
@@ -98,6 +99,8 @@ class ShardDataset:
             value = decode(data, member.extension(self._image_format))
         except ValueError as error:
             raise DataError(f"{where}: could not be decoded ({error}); {remedy(path)}") from error
+        if view is not None and member.shape[:1] == ("V",):
+            value = value[view]
         return dequantise(value, member, self.scales) if dequantised and member.kind == "array" else value
 
     def _bytes_of(self, tar: str, offset: int, size: int) -> bytes | memoryview:

@@ -38,6 +38,7 @@ from head3d.run.seeding import torch_generator
 from head3d.triplane import sample_planes
 from reconstructor import speed
 from reconstructor.model import ReconstructorConfig
+from reconstructor.reading_speed import BATCH, ReadingTime, measure_reading
 from reconstructor.settings import ReconstructorRun
 
 POINTS = 64 * 64 * 48  # of one picture at 64 x 64 rays: 196,608
@@ -54,6 +55,7 @@ class BenchRun:
     farm: NonNegativeInt = 2  # shards that each data-generation worker makes with it, alone and with a second one; 0 leaves it out
     reconstructor: NonNegativeInt = 3  # timings of each stage of the published reconstructor; 0 leaves it out
     training: NonNegativeInt = 2  # timings of its training step, early and late, of up to a minute and 9 GB or more; 0 leaves it out
+    reading: NonNegativeInt = 32  # training samples that are read, with all labels; 0 leaves it out
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
 
 
@@ -91,6 +93,8 @@ def main(config: BenchRun) -> None:
     if config.training:
         training_rows = speed.measure_training(ReconstructorRun(), load_head_model(config.head_model), config.training)
         print_training(training_rows)
+    reading_rows = [measure_reading(GenHeadConfig(), config.reading)] if config.reading else []
+    print_reading(reading_rows, training_rows)
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "processor": processor(), "threads": torch.get_num_threads()},
@@ -100,6 +104,7 @@ def main(config: BenchRun) -> None:
         "farm": [row._asdict() for row in farm_rows],
         "reconstructor": [row._asdict() for row in reconstructor_rows],
         "training": [row._asdict() for row in training_rows],
+        "reading": [row._asdict() for row in reading_rows],
         "peak_memory_mb": peak_memory_mb(),
     }
     write_atomic(config.out, json.dumps(record, indent=1) + "\n")
@@ -142,6 +147,19 @@ def print_training(rows: list[speed.TrainingTime]) -> None:
         whole = row.forward_s + row.backward_s + row.update_s
         parts = f"{row.forward_s:9.2f} {row.backward_s:10.2f} {row.update_s:8.2f} {whole:7.2f}"
         print(f"{f'{row.when}, {row.rays} x {row.rays} rays':36} {parts} {row.peak_memory_mb:8.0f}")
+
+
+def print_reading(rows: list[ReadingTime], training: list[speed.TrainingTime]) -> None:
+    """Reading training samples, beside what it cannot be faster than, and what training waits for it where its step was timed too."""
+    for row in rows:
+        print(f"\n{f'reading, 512 x 512, all labels, {row.megabytes:.1f} MB a sample':58} {'s':>8}")
+        print(f"{'decode its bytes from memory':58} {row.memory_s:8.4f}")
+        print(f"{'read them from shards':58} {row.read_s:8.4f}  {row.memory_s / row.read_s:.0%} of the speed")
+        print(f"{'a training sample: source and target':58} {row.sample_s:8.4f}")
+        print(f"{f'wait for a batch of {BATCH}, computing for a second before':58} {row.wait_s:8.4f}")
+        for step in training[:1]:
+            seconds = BATCH * (step.forward_s + step.backward_s) + step.update_s
+            print(f"{f'its share of a training step of {seconds:.0f} s':58} {row.wait_s / (seconds + row.wait_s):8.2%}")
 
 
 def measure(config: BenchRun) -> list[Row]:

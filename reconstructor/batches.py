@@ -40,7 +40,7 @@ class FrameSource(Protocol):
     frames: Sequence[Frame]
     dataset_count: int  # data sets that the frames are of
 
-    def read(self, entry: Frame, members: Sequence[str]) -> dict[str, np.ndarray]: ...
+    def read(self, entry: Frame, members: Sequence[str], view: int | None = None) -> dict[str, np.ndarray]: ...
 
     def fetch_ahead(self, wanted: Iterable[tuple[int, Frame, frozenset[str]]], shards: int) -> FetchAhead | None: ...
 
@@ -81,7 +81,9 @@ class Batch:
 
 def as_picture(pixels: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]."""
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1.0
+    picture = np.divide(pixels.transpose(2, 0, 1), np.float32(127.5), dtype=np.float32, order="C")
+    picture -= 1
+    return picture
 
 
 def read_item(dataset: FrameSource, item: Item, members: Iterable[str], driver_image: bool = False) -> dict[str, np.ndarray]:
@@ -91,34 +93,31 @@ def read_item(dataset: FrameSource, item: Item, members: Iterable[str], driver_i
     """
     source, target, members = dataset.frames[item.source], dataset.frames[item.target], set(members)
     picture, seen, driver = f"rgb.{item.target_view}", f"rgb.{item.source_view}", f"rgb.{item.driver_view}"
-    wanted = {picture, "label", *members} | ({driver} if driver_image else set()) | ({seen} if item.source == item.target else set())
-    data = dataset.read(target, sorted(wanted))
-    other = data if item.source == item.target else dataset.read(source, [seen, "label"])
-    view = item.target_view
-    label, source_label = data["label"][view], other["label"][item.source_view]
-    vectors = [unpack_label(torch.from_numpy(np.array(one))[None]).motion.vector()[0].numpy() for one in (source_label, label)]
+    data = dataset.read(target, sorted({picture, "label", *members} | ({driver} if driver_image else set())), view=item.target_view)
+    other = dataset.read(source, [seen, "label"], view=item.source_view)
+    vectors = [unpack_label(torch.from_numpy(np.array(one["label"]))[None]).motion.vector()[0].numpy() for one in (other, data)]
     assert vectors[0].shape == (MOTION_VECTOR_SIZE,)
     sample = {
         "source_image": as_picture(other[seen]),
         "source_motion": vectors[0],
         "driving_motion": vectors[1],
         "motion_scale": np.float32(item.motion_scale),
-        "label": label,
+        "label": data["label"],
         "identity": np.int64(target.identity),
         "image": as_picture(data[picture]),
     }
     if driver_image:
         sample["driver_image"] = as_picture(data[driver])
     if "opacity" in members:
-        sample["opacity"] = data["opacity"][view][None]
+        sample["opacity"] = data["opacity"][None]
     if "depth" in members:
-        sample["depth"] = data["depth"][view][None]
+        sample["depth"] = data["depth"][None]
     if "background" in members:
         sample["background"] = as_picture(data["background"])
     if "identity.background" in members:
         sample["background_features"] = data["identity.background"] * 2 - 1
     for name in members & {"foreground", "points", "point_features"}:
-        sample[name] = data[name][view]
+        sample[name] = data[name]
     return sample
 
 

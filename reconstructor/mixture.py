@@ -34,9 +34,9 @@ class Mixture:
         """The same data, each set read through its cache (none: as it is)."""
         return Mixture([dataset.through(cache) for dataset, cache in zip(self.datasets, caches, strict=True)])
 
-    def read(self, entry: FrameEntry, members: Sequence[str]) -> dict[str, Any]:
+    def read(self, entry: FrameEntry, members: Sequence[str], view: int | None = None) -> dict[str, Any]:
         """As `ShardDataset.read`."""
-        return self.datasets[entry.dataset].read(entry, members)
+        return self.datasets[entry.dataset].read(entry, members, view=view)
 
     def fetch_ahead(self, wanted: Iterable[tuple[int, FrameEntry, frozenset[str]]], shards: int) -> FetchAhead | None:
         """As `ShardDataset.fetch_ahead`, into the caches of all sets together."""

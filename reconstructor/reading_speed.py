@@ -37,8 +37,8 @@ class ReadingTime(NamedTuple):
 
     megabytes: float  # as stored, of the members that are read
     memory_s: float  # decode them from bytes in memory, and convert them to the units of training
-    read_s: float  # the same by the reader: find, map, check, decode, convert
-    sample_s: float  # a training sample: the same, and the views that are wanted taken out
+    read_s: float  # the same by the reader: find, map, check, decode, and convert the view that is wanted
+    sample_s: float  # a training sample: the same, the source's picture and label, pictures as floats
     wait_s: float  # a batch of BATCH, for a training loop that computes for a second between two of them
 
 
@@ -56,7 +56,7 @@ def measure_reading(generator: GenHeadConfig, samples: int, step_s: float = 1.0)
             return [_value(data, member, extension, dataset.scales) for data, member, extension in stored[index]]
 
         memory_s = _median(from_memory, samples)
-        read_s = _median(lambda index: dataset.read(*wanted[index]), samples)
+        read_s = _median(lambda index: dataset.read(*wanted[index], view=items[index].target_view), samples)
         sample_s = _median(lambda index: read_item(dataset, items[index], members), samples)
         waits = _waits(dataset, members, samples, step_s)
     megabytes = sum(len(data) for sample in stored for data, _, _ in sample) / samples / 1e6

@@ -379,3 +379,11 @@ def test_a_disk_that_fills_at_the_last_flush_leaves_no_sidecar(tmp_path, monkeyp
     with pytest.raises(DataError, match="No space left"), write_shard(tmp_path, "frames", 0, {}) as writer:
         writer.add("0000000000", encode_sample(MEMBERS["frames"], frame(0, 0), SCALES, CONFIG), {})
     assert list((tmp_path / "frames").iterdir()) == []
+
+
+def test_one_view_is_that_row_of_every_member_that_has_one_for_each_view(folder):
+    dataset = open_dataset(folder)
+    names = ["depth", "foreground", "label", "identity.background", "background", "rgb.0"]
+    whole, one = dataset.read(dataset.frames[3], names), dataset.read(dataset.frames[3], names, view=1)
+    for name in names:
+        np.testing.assert_array_equal(one[name], whole[name][1] if name in names[:3] else whole[name])

@@ -4,12 +4,13 @@ import json
 
 from datagen.speed import FarmTime
 from genhead.speed import GeneratorTimes, IdentityTime, StageTime
-from pipelines.bench import BenchRun, main, print_farm, print_generator, print_reconstructor, print_training
+from pipelines.bench import BenchRun, main, print_farm, print_generator, print_reading, print_reconstructor, print_training
 from reconstructor import speed
+from reconstructor.reading_speed import ReadingTime
 
 
 def test_the_table_is_written_with_machine_versions_and_limits(tmp_path, capsys):
-    main(BenchRun(out=tmp_path / "bench.json", repeats=1, genhead=0, farm=0, reconstructor=0, training=0))
+    main(BenchRun(out=tmp_path / "bench.json", repeats=1, genhead=0, farm=0, reconstructor=0, training=0, reading=0))
     record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert record["machine"]["processor"] and record["versions"]["torch"] and record["date"] and record["peak_memory_mb"] > 10
     parts = {row["part"]: row for row in record["rows"]}
@@ -43,3 +44,14 @@ def test_a_training_step_is_printed_by_its_parts_and_their_sum(capsys):
     print_training([speed.TrainingTime("late", 128, ("image_final",), 10.0, 30.5, 1.5, 9001.0)])
     expected = ["late,", "128", "x", "128", "rays", "10.00", "30.50", "1.50", "42.00", "9001"]
     assert capsys.readouterr().out.splitlines()[-1].split() == expected
+
+
+def test_reading_is_printed_beside_decoding_from_memory_and_with_its_share_of_a_step(capsys):
+    step = speed.TrainingTime("early", 64, (), 5.0, 11.5, 1.0, 9000.0)
+    print_reading([ReadingTime(3.25, 0.045, 0.05, 0.08, 0.13)], [step])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2][-1] == "0.0450"
+    assert lines[3][-4:] == ["90%", "of", "the", "speed"] and lines[5][-1] == "0.1300"
+    assert lines[6][-1] == "0.19%", "0.13 of 4 x 16.5 + 1 + 0.13 seconds"
+    print_reading([], [step])
+    assert capsys.readouterr().out == ""

@@ -54,7 +54,7 @@ class FakeDataset:
     def fetch_ahead(self, wanted, shards):
         return None
 
-    def read(self, entry, members):
+    def read(self, entry, members, view=None):
         with self._lock:
             self.asked.update(members)
         time.sleep(self.delay)
@@ -76,9 +76,10 @@ class FakeDataset:
             "points": np.ones((entry.views, POINTS, 3), np.float32) * views[:, None, None],
             "point_features": np.ones((entry.views, POINTS, CHANNELS), np.float32) * views[:, None, None],
         }
-        for view in range(entry.views):
-            arrays[f"rgb.{view}"] = np.full((SIDE, SIDE, 3), number * 5 + view, np.uint8)
-        return {name: arrays[name] for name in members}
+        for other in range(entry.views):
+            arrays[f"rgb.{other}"] = np.full((SIDE, SIDE, 3), number * 5 + other, np.uint8)
+        by_view = {"label", "opacity", "depth", "foreground", "points", "point_features"} if view is not None else set()
+        return {name: arrays[name][view] if name in by_view else arrays[name] for name in members}
 
 
 def stream(dataset, size=8, members=ALL, seed=3, share=0.5, threads=2, swap=0.0, **settings):
