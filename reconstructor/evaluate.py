@@ -34,7 +34,7 @@ from reconstructor.evaluation_tables import ALL_METRICS, flat_rows, summarise, t
 from reconstructor.model import Reconstructor, load_reconstructor
 from reconstructor.motion_vectors import MotionVectors, exported_motion_vectors
 from reconstructor.perception import Perception, load_errors, load_perception
-from reconstructor.perception_errors import PICTURE_UNITS, errors_table, picture_measures
+from reconstructor.perception_errors import PICTURE_UNITS, Judge, errors_table
 
 ROWS = ("ours", "copy_source", "mean_image")
 RERENDERED = "rerendered"  # a row of tasks whose truth is a picture of the data set
@@ -177,10 +177,11 @@ def picture_records(
     """The numbers of every sample that is one picture, in every row."""
     truth, source = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("truth", "source_image"))
     label = torch.stack([sample.target_label for sample in samples])
+    judge = None if network is None else Judge(network, model.head_model, truth, source, label)
     for row, shown in (made | ({} if network is None else {TRUTH: Pictured(truth)})).items():
         measured = {} if row == TRUTH else measure(shown, samples, model.head_model)
-        if network is not None:
-            measured |= picture_measures(network, model.head_model, shown.image, truth, source, label)
+        if judge is not None:
+            measured |= judge.measures(shown.image)
         for index, (case, sample) in enumerate(zip(cases, samples, strict=True)):
             yield facts(case, row, bin_of(case, sample)) | {name: values[index].item() for name, values in measured.items()}
 

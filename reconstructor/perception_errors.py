@@ -20,7 +20,7 @@ from head3d.run.errors import DataError
 from head3d.run.seeding import numpy_generator, torch_generator
 from reconstructor.batches import FrameSource
 from reconstructor.order import Frame
-from reconstructor.perception import Perception, Reading, true_reading
+from reconstructor.perception import Perception, Reading, feature_distance, true_reading
 from reconstructor.perception_data import PictureKey, Pictures, read_pictures, replace_background
 
 READING_UNITS = {
@@ -51,14 +51,25 @@ def gaze_directions(eye_pose: Tensor) -> Tensor:
     return axis_angle_to_matrix(eye_pose.unflatten(1, (2, 3)))[..., 2]
 
 
-def reading_errors(reading: Reading, truth: Reading, shape: Tensor, head: HeadModel) -> dict[str, Tensor]:
-    """Measure -> [B], in the units of READING_UNITS; shape [B, 300] is the true one."""
-    straight = torch.zeros_like(truth.jaw_pose)
-    meshes = [head.vertices(shape, Motion(one.expression, straight, one.jaw_pose, truth.eye_pose)) for one in (reading, truth)]
+def face_mesh(reading: Reading, eye_pose: Tensor, shape: Tensor, head: HeadModel) -> Tensor:
+    """Vertices [B, N, 3] of the expression and jaw of a reading, the neck straight; scene units."""
+    return head.vertices(shape, Motion(reading.expression, torch.zeros_like(reading.jaw_pose), reading.jaw_pose, eye_pose))
+
+
+def reading_errors(
+    reading: Reading,
+    truth: Reading,
+    shape: Tensor,  # [B, 300] the true one
+    head: HeadModel,
+    true_mesh: Tensor | None = None,  # `face_mesh` of the truth, where it is at hand
+) -> dict[str, Tensor]:
+    """Measure -> [B], in the units of READING_UNITS."""
+    if true_mesh is None:
+        true_mesh = face_mesh(truth, truth.eye_pose, shape, head)
     cosine = (gaze_directions(reading.eye_pose) * gaze_directions(truth.eye_pose)).sum(-1)
     return {
         "expression": (reading.expression - truth.expression).abs().mean(1),
-        "face_mm": (meshes[0] - meshes[1]).norm(dim=2).mean(1) * (1000 / SCENE_UNITS_PER_METRE),
+        "face_mm": (face_mesh(reading, truth.eye_pose, shape, head) - true_mesh).norm(dim=2).mean(1) * (1000 / SCENE_UNITS_PER_METRE),
         "jaw_deg": rotation_angle(axis_angle_to_matrix(reading.jaw_pose), axis_angle_to_matrix(truth.jaw_pose)),
         "gaze_deg": torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).mean(1),
         "rotation_deg": rotation_angle(reading.rotation, truth.rotation),
@@ -66,24 +77,36 @@ def reading_errors(reading: Reading, truth: Reading, shape: Tensor, head: HeadMo
     }
 
 
-@torch.no_grad()
-def picture_measures(
-    network: Perception,  # of the role "evaluation"
-    head: HeadModel,
-    images: Tensor,  # [B, 3, S, S] in [-1, 1]: what a reconstructor made
-    truth: Tensor,  # [B, 3, S, S] what it should have made
-    source: Tensor,  # [B, 3, S, S] what it was shown
-    label: Tensor,  # [B, 437] of the truth
-) -> dict[str, Tensor]:
-    """Measure -> [B] on the CPU, in the units of PICTURE_UNITS. Of the truth itself they are the network's own error."""
-    device = network.centre.device
-    images, truth, source, label = (values.to(device) for values in (images, truth, source, label))
-    found = {
-        "perceptual": network.perceptual_distance(images, truth),
-        "identity_cosine": (network.identity(images) * network.identity(source)).sum(1),
-    }
-    found |= reading_errors(network.read(images), true_reading(label, head), unpack_label(label).shape, head)
-    return {name: values.cpu() for name, values in found.items()}
+class Judge:
+    """A perception network of the role "evaluation" before B samples; what depends on their truth alone is computed once."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        network: Perception,
+        head: HeadModel,
+        truth: Tensor,  # [B, 3, S, S] in [-1, 1]: what a reconstructor should make
+        source: Tensor,  # [B, 3, S, S] what it is shown
+        label: Tensor,  # [B, 437] of the truth
+    ) -> None:
+        self._network, self._head, self._device = network, head, network.centre.device
+        truth, source, label = (values.to(self._device) for values in (truth, source, label))
+        self._layers, self._person = network.trunk(truth), network.identity(source)
+        self._truth, self._shape = true_reading(label, head), unpack_label(label).shape
+        self._mesh = face_mesh(self._truth, self._truth.eye_pose, self._shape, head)
+
+    @torch.no_grad()
+    def measures(self, images: Tensor) -> dict[str, Tensor]:
+        """Measure -> [B] on the CPU, in the units of PICTURE_UNITS, of pictures [B, 3, S, S]. Of the truth itself they are the network's
+        own error."""
+        network, images = self._network, images.to(self._device)
+        features = network.trunk.summary(images)
+        found = {
+            "perceptual": feature_distance(network.trunk(images), self._layers),
+            "identity_cosine": (F.normalize(network.to_identity(features), dim=1) * self._person).sum(1),
+        }
+        found |= reading_errors(network.read_features(features), self._truth, self._shape, self._head, self._mesh)
+        return {name: values.cpu() for name, values in found.items()}
 
 
 @torch.no_grad()
@@ -101,8 +124,9 @@ def held_out_errors(network: Perception, dataset: FrameSource, head: HeadModel, 
     for number, pictures in enumerate(_batches(dataset, keys, network.config.resolution)):
         pictures = pictures.to(device)
         label, truth = unpack_label(pictures.label), true_reading(pictures.label, head)
+        mesh = face_mesh(truth, truth.eye_pose, label.shape, head)
         for who, reading in (("network", network.read(pictures.image)), ("mean", network.mean_reading(len(pictures.image)))):
-            for name, values in reading_errors(reading, truth, label.shape, head).items():
+            for name, values in reading_errors(reading, truth, label.shape, head, mesh).items():
                 errors[who].setdefault(name, []).append(values.cpu())
         noise = torch.randn(len(pictures.image), 3, 8, 8, generator=torch_generator("perception errors", number)).to(device)
         everywhere = torch.ones(len(pictures.image), dtype=torch.bool, device=device)

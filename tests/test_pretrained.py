@@ -1,4 +1,4 @@
-"""The shipped small generator is what its card and the tiny configuration say."""
+"""The shipped small networks are what their cards and the tiny configurations say."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,14 @@ from genhead.generator import load_genhead
 from genhead.mesh_truth import depth_error, flat_face, mesh_view
 from genhead.parity import psnr_db
 from genhead.train import GenHeadRun
-from head3d.cameras import frontal
+from head3d.cameras import frontal, orbit
 from head3d.labels import Motion
-from head3d.run.checkpoint import exported_images_seen
+from head3d.run.checkpoint import exported_config, exported_images_seen
 from head3d.run.config import load_yaml
+from reconstructor.evaluate import EvaluateRun
+from reconstructor.perception import EXPORT_KIND as PERCEPTION
+from reconstructor.perception import PerceptionExport, load_errors, load_perception
+from reconstructor.perception_errors import rotation_angle
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "pretrained" / "genhead-tiny"
@@ -69,3 +73,34 @@ def test_bfloat16_gives_the_same_pictures_depth_and_opacity():
     assert psnr_db(rounded.opacity, exact.opacity, 1.0) > 45
     seen = exact.opacity > 0.5
     assert psnr_db(rounded.depth[seen], exact.depth[seen], 1.3) > 45
+
+
+def test_the_tiny_evaluation_asks_a_perception_network_that_never_shares_people_with_the_one_for_losses():
+    folder = ROOT / "pretrained" / "perception-tiny"
+    assert load_yaml(EvaluateRun, ROOT / "configs" / "evaluate_tiny.yaml").perception == folder.relative_to(ROOT) / "evaluation"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 5e6
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    draws = torch.Generator().manual_seed(0)
+    for role in ("losses", "evaluation"):
+        network, errors = load_perception(folder / role, role), load_errors(folder / role)
+        assert f"{exported_images_seen(folder / role):,} images" in card
+        assert f"{errors['pictures']:,} pictures of the {errors['identities']} people" in card
+        for name in ("rotation_deg", "landmarks", "jaw_deg", "face_mm"):
+            assert errors["reading"][name]["network"] < 0.6 * errors["reading"][name]["mean"]
+        told = errors["motion"]
+        assert errors["identity"]["separation"] > 0.95 and told["rank"] < 0.25
+        assert told["told_by_motion_vector_linear"] < 0.25 * told["told_by_identity_embedding_linear"]
+        assert network.motion(torch.rand(1, 3, 64, 64, generator=draws)).shape == (1, 548)
+    configs = [exported_config(folder / role, PerceptionExport, PERCEPTION) for role in ("losses", "evaluation")]
+    assert configs[0].data_hash == configs[1].data_hash  # one set, of which each role sees its own people
+
+
+def test_the_shipped_perception_network_sees_the_generator_s_heads_turn():
+    genhead, network = load_genhead(FOLDER), load_perception(ROOT / "pretrained" / "perception-tiny" / "evaluation", "evaluation")
+    z, yaw = torch.randn(3, genhead.config.z_dim, generator=torch.Generator().manual_seed(2)), torch.tensor([-0.5, 0.0, 0.5])
+    camera = orbit(yaw, torch.zeros(3), torch.full((3,), 4.1))
+    with torch.no_grad():
+        pictures = genhead(z[:1].repeat(3, 1), torch.zeros(3, 300), Motion.neutral(3), camera, truncation_psi=0.7).images.image
+        rotation = network.read(pictures).rotation
+    truth = camera.c2w[:, :3, :3].mT
+    assert rotation_angle(rotation, truth).mean() < 14  # 19 for who always says the front
