@@ -86,6 +86,7 @@ def generate(config: DatagenRun) -> int:
     out = open_storage(config.out)
     with out.only_writer(FAMILIES):
         there = check_folder(out, plan)
+        plan = plan.as_recorded(there)
         done = [*out.each(functools.partial(shard_is_done, out, plan), range(plan.shard_count))]
         missing = [shard for shard in range(plan.shard_count) if not done[shard]]
         begun_with = there["versions"] if there else read_sidecar(out, "frames", done.index(True))["versions"] if any(done) else None

@@ -1,7 +1,9 @@
 """The plan of a data set: everything its shards depend on, and dataset.json.
 
-The settings that decide bytes are hashed; a folder holds shards of one hash only. How many identities there are, how many shards
-carry labels, which folder it is and who does the work are outside the hash: they decide which files exist, not what is in them.
+The settings that decide bytes are hashed, as they are stored; a folder holds shards of one hash only. A setting that a set does not
+state, because it came into this program later, has its default there, so a new one needs the default that leaves bytes as they were. How
+many identities there are, how many shards carry labels, which folder it is and who does the work are outside the hash: they decide which
+files exist, not what is in them.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from datagen.recipes import KINDS, Kind, RecipeConfig, deciding_settings, frame_
 from datagen.render import RenderConfig
 from datagen.shards import SCHEMA, read_sidecar, shard_name, sidecar_name
 from datagen.storage import Storage, open_storage
+from genhead.generator import GenHeadConfig
 from head3d.rasterize import Backend
 from head3d.run.config import config_hash, from_dict, to_dict
 from head3d.run.errors import ConfigError, DataError
@@ -63,6 +66,7 @@ class Plan:
     licence: str
     device: str  # "cpu" or "cuda": where it is rendered first; a picture's last bit depends on it
     rasterizer: Backend  # what draws masks first; their edges depend on it in one pixel of ten thousand
+    recorded: dict[str, Any] | None = None  # the settings as dataset.json states them, where it lacks some that came later
 
     def __post_init__(self) -> None:
         side, largest = self.render.motion_rich_side, self.generator.settings["image_resolution"]
@@ -111,7 +115,11 @@ class Plan:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What decides bytes, and nothing else."""
+        """What decides bytes, and nothing else, as dataset.json states it."""
+        return self.settings_in_full() if self.recorded is None else self.recorded
+
+    def settings_in_full(self) -> dict[str, Any]:
+        """The same with every setting that this program has."""
         return {
             "schema": SCHEMA,
             "seed": self.seed,
@@ -121,6 +129,10 @@ class Plan:
             "generator": {"hash": self.generator.hash, "model": self.generator.settings},
             "head_model": self.generator.head_hash,
         }
+
+    def as_recorded(self, there: dict[str, Any] | None) -> Plan:
+        """The plan for going on with the set that a dataset.json describes: one of the same settings, with its hash."""
+        return self if there is None or there["config_hash"] == self.hash else dataclasses.replace(self, recorded=there["settings"])
 
     @functools.cached_property
     def hash(self) -> str:
@@ -160,9 +172,17 @@ class Plan:
 
     @classmethod
     def from_manifest(cls, manifest: dict[str, Any], where: str) -> Plan:
-        """Inverse of `manifest`. Raises DataError if something is missing and ConfigError if a setting is unknown here."""
+        """Inverse of `manifest`; settings that it does not state have their defaults.
+
+        Raises DataError if something else is missing or its hash is another, and ConfigError if a setting is unknown here.
+        """
         try:
             settings = manifest["settings"]
+            if config_hash(settings) != manifest["config_hash"]:
+                raise DataError(
+                    f"{where}: its settings have the hash {config_hash(settings)}, it states {manifest['config_hash']}; the file was "
+                    "changed, restore it"
+                )
             plan = cls(
                 identities=manifest["plan"]["identities"],
                 seed=settings["seed"],
@@ -173,7 +193,7 @@ class Plan:
                 generator=GeneratorFacts(
                     folder=manifest["generator"]["folder"],
                     hash=manifest["generator"]["hash"],
-                    settings=settings["generator"]["model"],
+                    settings=to_dict(from_dict(GenHeadConfig, settings["generator"]["model"], where)),
                     head_model=manifest["head_model"]["source"],
                     head_hash=manifest["head_model"]["hash"],
                 ),
@@ -184,11 +204,7 @@ class Plan:
             )
         except KeyError as error:
             raise DataError(f"{where}: the entry {error} is missing; the file was changed or comes from another program") from error
-        if plan.hash != manifest["config_hash"]:
-            raise DataError(
-                f"{where}: its settings have the hash {plan.hash}, it states {manifest['config_hash']}; the file was changed, restore it"
-            )
-        return plan
+        return plan.as_recorded(manifest)
 
 
 def open_plan(place: Storage | Path | str) -> Plan:
@@ -206,8 +222,9 @@ def check_folder(storage: Storage, plan: Plan) -> dict[str, Any] | None:
     there = read_manifest(storage) if storage.size("dataset.json") is not None else None
     if there is None or not _holds_shards(storage, there["plan"]["shards"]):
         return None
-    if there["config_hash"] != plan.hash:
-        changed = ", ".join(differences(there["settings"], plan.settings())[:5])
+    changed = differences(Plan.from_manifest(there, path).settings_in_full(), plan.settings_in_full())
+    if changed:
+        changed = ", ".join(changed[:5])
         raise ConfigError(
             f"{path}: this folder holds shards of other settings (hash {there['config_hash']}, now {plan.hash}); changed: {changed}. "
             "Choose another --out, or set these as they were"

@@ -45,11 +45,6 @@ def sidecar_name(family: Family, shard: int) -> str:
     return f"{family}/{shard:06d}.json"
 
 
-def shard_path(folder: Path, family: Family, shard: int) -> Path:
-    """The tar in a local folder; its sidecar has the suffix .json."""
-    return Path(folder) / shard_name(family, shard)
-
-
 # Writing ------------------------------------------------------------------------------------------------------------------
 
 

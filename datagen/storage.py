@@ -104,6 +104,22 @@ def open_storage(address: Storage | Path | str) -> Storage:
     return RemoteFolder(str(address))
 
 
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> Iterator[Result]:
+    """function(item) of each item, in order, in so many threads; as many results again may wait for whoever reads them."""
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    with ThreadPoolExecutor(at_once, thread_name_prefix="storage") as threads:
+        try:
+            for item in items:
+                waiting.append(threads.submit(function, item))
+                if len(waiting) > 2 * at_once:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for request in waiting:
+                request.cancel()
+
+
 class LocalFolder:
     """A `Storage` on this machine's file system."""
 
@@ -287,18 +303,7 @@ class RemoteFolder:
         return sorted(f"{folder}/{path.rstrip('/').rpartition('/')[2]}" for path in paths)
 
     def each(self, function: Callable[[Item], Result], items: Iterable[Item], at_once: int = CONCURRENT) -> Iterator[Result]:
-        waiting: collections.deque[Future[Result]] = collections.deque()
-        with ThreadPoolExecutor(at_once, thread_name_prefix="storage") as threads:
-            try:
-                for item in items:
-                    waiting.append(threads.submit(function, item))
-                    if len(waiting) > 2 * at_once:  # no more results than that wait for whoever reads them
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for request in waiting:
-                    request.cancel()
+        yield from in_threads(function, items, at_once)
 
     @contextlib.contextmanager
     def only_writer(self, folders: Iterable[str]) -> Iterator[None]:

@@ -29,7 +29,7 @@ from datagen.reading import index_of_sidecars, read_manifest
 from datagen.recipes import IdentityRecipe, draw_identity
 from datagen.render import IdentityRenderer, render_frame, render_shared, reproducible
 from datagen.shards import read_sidecar, remedy, sample_key, shard_name, sidecar_name
-from datagen.storage import Storage, open_storage
+from datagen.storage import Storage, in_threads, open_storage
 from datagen.worker import load_planned_generator
 from head3d.cameras import Camera
 from head3d.image_metrics import PSNR_CEILING_DB
@@ -49,6 +49,7 @@ COMPANIONS = (
     LEDGER,
     ".lock",
 )  # beside the families
+SHARDS_AT_ONCE = 4  # that are read and checked; each holds one tar in memory
 SAME_PICTURE_DB = 40.0  # PSNR that counts as the same picture or map on another processor or with other package versions
 COMPARED = ("rgb", "opacity", "depth", "foreground")  # what must then be alike: the rest follows from it, or is a choice among many
 
@@ -106,15 +107,12 @@ def check_dataset(storage: Storage, config: VerifyRun) -> list[Check]:
             check.note = "left out: mend dataset.json first"
         return checks
     there = _check_files(storage, plan, files)
-    for shard in progress(range(plan.shard_count), "verify", unit="shard"):
-        recipes = {identity: draw_identity(plan.recipe, plan.seed, identity) for identity in plan.shard_identities(shard)}
-        for family in plan.families(shard):
-            if {shard_name(family, shard), sidecar_name(family, shard)} <= there:
-                try:
-                    sidecar = _checked_sidecar(storage, plan, family, shard, recipes)
-                    _check_tar(storage, plan, sidecar, recipes, tars, samples)
-                except FoundryError as error:
-                    tars.problems.append(str(error))
+    with progress(plan.shard_count, "verify", unit="shard") as bar:
+        for found in in_threads(lambda shard: _check_shard(storage, plan, shard, there), range(plan.shard_count), SHARDS_AT_ONCE):
+            for whole, part in zip((tars, samples), found, strict=True):
+                whole.checked += part.checked
+                whole.problems += part.problems
+            bar.update(1)
     if not tars.problems and not files.problems:
         try:
             _check_index(storage, settings)
@@ -124,6 +122,20 @@ def check_dataset(storage: Storage, config: VerifyRun) -> list[Check]:
     elif config.rerender:
         again.note = "left out: mend the files first"
     return checks
+
+
+def _check_shard(storage: Storage, plan: Plan, shard: int, there: set[str]) -> tuple[Check, Check]:
+    """What there is of one shard: its tars, and their samples."""
+    tars, samples = Check("tars"), Check("samples")
+    recipes = {identity: draw_identity(plan.recipe, plan.seed, identity) for identity in plan.shard_identities(shard)}
+    for family in plan.families(shard):
+        if {shard_name(family, shard), sidecar_name(family, shard)} <= there:
+            try:
+                sidecar = _checked_sidecar(storage, plan, family, shard, recipes)
+                _check_tar(storage, plan, sidecar, recipes, tars, samples)
+            except FoundryError as error:
+                tars.problems.append(str(error))
+    return tars, samples
 
 
 def _check_settings(storage: Storage, check: Check) -> tuple[dict[str, Any], Plan]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from datagen.cache import CacheConfig, ShardCache, open_cache
 from datagen.plan import Plan, open_plan
 from datagen.reading import ShardDataset, open_dataset
 from head3d.adversarial import Ema
@@ -64,6 +65,7 @@ from reconstructor.perception_losses import PerceptionWeights, Scaffold, loss_te
 FREE_TO_CHANGE = (
     "out",
     "shards",
+    "cache",
     "head_model",
     "total_images",
     "log_every",
@@ -97,6 +99,7 @@ class PerceptionRun:
     keep: PositiveInt = 3  # newest checkpoints kept
     export_half: bool = False  # store exported weights as float16
     threads: NonNegativeInt = 0  # CPU threads of torch; 0 leaves its default
+    cache: CacheConfig = CacheConfig()  # where copies of shards behind a URL are kept
     batches: PictureBatchConfig = PictureBatchConfig()  # what a batch holds
     augment: AugmentConfig = AugmentConfig()  # how its pictures are changed
     weights: PerceptionWeights = PerceptionWeights()  # of the loss terms
@@ -128,16 +131,16 @@ def train(config: PerceptionRun) -> int:
 
     A finished run is not repeated; a started one goes on from its newest checkpoint, bit for bit on one machine.
     """
-    with process_group(config.threads) as process:
-        return _train(config, process)
+    with process_group(config.threads) as process, open_cache(config.cache, config.shards) as cache:
+        return _train(config, process, cache)
 
 
-def _train(config: PerceptionRun, process: distributed.Process) -> int:
+def _train(config: PerceptionRun, process: distributed.Process, cache: ShardCache | None) -> int:
     if config.batches.identities % process.world_size:
         raise ConfigError(
             f"batches.identities {config.batches.identities} is not divisible by {process.world_size} ranks; all must get equally many"
         )
-    dataset, plan = open_dataset(config.shards), open_plan(config.shards)
+    dataset, plan = open_dataset(config.shards).through(cache), open_plan(config.shards)
     by_identity = training_frames(dataset.frames, config.role, config.shards)
     check_data(config, dataset)
     around = {"data": {"config_hash": dataset.manifest["config_hash"], "frames": len(dataset.frames)}}

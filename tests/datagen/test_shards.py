@@ -16,7 +16,7 @@ from datagen.index import INDEX, asked_name, build_index
 from datagen.labels import DEFAULT_LABELS, members_of
 from datagen.members import Scales, ShardConfig, decode, dequantise, encode_sample, member_entries, quantise
 from datagen.reading import open_dataset, read_manifest, read_sidecars, write_index
-from datagen.shards import SCHEMA, read_sidecar, sample_key, shard_path, write_shard
+from datagen.shards import SCHEMA, read_sidecar, sample_key, shard_name, write_shard
 from head3d.run.errors import DataError
 
 SCALES = Scales(near=3.0, far=5.0, box_side=1.3)
@@ -163,7 +163,7 @@ def test_raw_reading_gives_the_stored_types(folder):
 
 
 def test_webdataset_reads_every_sample_whole(folder):
-    paths = [str(shard_path(folder, "frames", shard)) for shard in range(2)]
+    paths = [str(folder / shard_name("frames", shard)) for shard in range(2)]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
     assert [sample["__key__"] for sample in samples] == ["0000000000", "0000000001", "0000000002", "0000000003"] + [
         f"000001000{i}" for i in range(4)
@@ -188,7 +188,7 @@ def test_tars_hold_no_time_and_no_user_and_are_the_same_each_time(folder, tmp_pa
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (other / path.relative_to(folder)).read_bytes(), path
-    with tarfile.open(shard_path(folder, "frames", 0)) as archive:
+    with tarfile.open(folder / shard_name("frames", 0)) as archive:
         assert {(info.mtime, info.uname, info.uid, info.mode) for info in archive} == {(0, "headfoundry", 0, 0o444)}
 
 
@@ -206,7 +206,7 @@ def test_an_index_of_an_older_plan_is_not_used(folder):
 
 def test_a_shard_without_its_frames_sidecar_is_not_there(folder):
     (folder / INDEX).unlink()
-    shard_path(folder, "frames", 0).with_suffix(".json").unlink()
+    (folder / shard_name("frames", 0)).with_suffix(".json").unlink()
     assert {entry.shard for entry in open_dataset(folder).frames} == {1}
 
 
@@ -245,7 +245,7 @@ def damage(path, change):
 
 
 def test_a_truncated_tar_is_named_with_both_sizes(folder):
-    path = shard_path(folder, "labels", 1)
+    path = folder / shard_name("labels", 1)
     size = path.stat().st_size
     damage(path, lambda data: data[:-700])
     dataset = open_dataset(folder)
@@ -263,7 +263,7 @@ def test_a_flipped_bit_is_found_where_it_is_and_only_there(folder):
         data[offset + size - 3] ^= 4
         return data
 
-    damage(shard_path(folder, "labels", 0), flip)
+    damage(folder / shard_name("labels", 0), flip)
     dataset = open_dataset(folder)
     dataset.read(entry, ["foreground"])
     with pytest.raises(
@@ -274,7 +274,7 @@ def test_a_flipped_bit_is_found_where_it_is_and_only_there(folder):
 
 
 def test_an_empty_or_missing_tar_is_named(folder):
-    path = shard_path(folder, "frames", 0)
+    path = folder / shard_name("frames", 0)
     damage(path, lambda data: b"")
     with pytest.raises(DataError, match="frames/000000.tar"):
         open_dataset(folder).read(open_dataset(folder).frames[0], ["label"])
@@ -303,7 +303,7 @@ def test_damaged_bytes_of_every_encoding_are_a_value_error(extension, kept):
 
 
 def test_a_sidecar_that_lacks_an_entry_is_refused(folder):
-    path = shard_path(folder, "frames", 1).with_suffix(".json")
+    path = (folder / shard_name("frames", 1)).with_suffix(".json")
     content = json.loads(path.read_text())
     del content["sha256"]
     path.write_text(json.dumps(content))
@@ -313,7 +313,7 @@ def test_a_sidecar_that_lacks_an_entry_is_refused(folder):
 
 def test_a_shard_of_another_data_set_is_not_read(folder):
     (folder / INDEX).unlink()
-    path = shard_path(folder, "labels", 1).with_suffix(".json")
+    path = (folder / shard_name("labels", 1)).with_suffix(".json")
     path.write_text(path.read_text().replace("0123456789abcdef", "fedcba9876543210"))
     with pytest.raises(
         DataError, match="labels/000001.json: expected a shard of settings 0123456789abcdef .* got fedcba9876543210.*delete"
@@ -334,7 +334,7 @@ def test_another_schema_is_refused(folder):
 
 
 def test_a_renamed_sidecar_is_refused(folder):
-    source, target = (shard_path(folder, "frames", shard).with_suffix(".json") for shard in (0, 1))
+    source, target = ((folder / shard_name("frames", shard)).with_suffix(".json") for shard in (0, 1))
     shutil.copy(source, target)
     with pytest.raises(DataError, match="expected the sidecar of frames shard 1, got frames shard 0"):
         read_sidecar(folder, "frames", 1)

@@ -16,7 +16,7 @@ from datagen.index import INDEX, build_index
 from datagen.plan import exclude, manifest_text
 from datagen.reading import open_dataset, read_manifest, read_sidecars, write_index
 from datagen.render import render_frame
-from datagen.shards import shard_path
+from datagen.shards import shard_name
 from datagen.verify import VerifyRun, verify
 from head3d.run.errors import DataError
 
@@ -56,13 +56,13 @@ def test_an_undamaged_set_passes_and_renders_again_bit_for_bit(folder, capsys):
 
 
 def test_a_truncated_tar_is_named(folder, capsys):
-    change(shard_path(folder, "frames", 1), lambda data: data.__delitem__(slice(-600, None)))
+    change(folder / shard_name("frames", 1), lambda data: data.__delitem__(slice(-600, None)))
     status, said = outcome(folder, capsys)
     assert status == 1 and "frames/000001.tar: expected" in said and "cut short" in said and "1 problems" in said
 
 
 def test_a_flipped_bit_is_named_with_its_member(folder, capsys):
-    path = shard_path(folder, "labels", 0)
+    path = folder / shard_name("labels", 0)
     sample = json.loads(path.with_suffix(".json").read_text())["samples"][1]
     offset, size, _ = sample["members"]["foreground.npy"]
 
@@ -75,21 +75,21 @@ def test_a_flipped_bit_is_named_with_its_member(folder, capsys):
 
 
 def test_a_flipped_bit_between_members_is_found_too(folder, capsys):
-    change(shard_path(folder, "frames", 0), lambda data: data.__setitem__(-1, 1))
+    change(folder / shard_name("frames", 0), lambda data: data.__setitem__(-1, 1))
     status, said = outcome(folder, capsys)
     assert status == 1 and "frames/000000.tar: the SHA-256 does not match, bytes have changed: outside all members" in said
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".json"])
 def test_a_missing_file_is_named(folder, capsys, suffix):
-    shard_path(folder, "identities", 2).with_suffix(suffix).unlink()
+    (folder / shard_name("identities", 2)).with_suffix(suffix).unlink()
     status, said = outcome(folder, capsys)
     assert status == 1 and f"identities/000002{suffix}: missing" in said
 
 
 def test_renamed_and_foreign_files_are_named(folder, capsys):
     for suffix in (".tar", ".json"):
-        path = shard_path(folder, "frames", 2).with_suffix(suffix)
+        path = (folder / shard_name("frames", 2)).with_suffix(suffix)
         path.rename(path.with_stem("000009"))
     (folder / "labels" / "notes.txt").write_text("hello")
     status, said = outcome(folder, capsys)
@@ -100,7 +100,7 @@ def test_renamed_and_foreign_files_are_named(folder, capsys):
 
 def test_exchanged_shards_are_named(folder, capsys):
     for suffix in (".tar", ".json"):
-        one, other = (shard_path(folder, "frames", shard).with_suffix(suffix) for shard in (0, 1))
+        one, other = ((folder / shard_name("frames", shard)).with_suffix(suffix) for shard in (0, 1))
         spare = folder / "spare"
         one.rename(spare)
         other.rename(one)
@@ -113,7 +113,7 @@ def test_a_tar_of_another_data_set_is_named(folder, tmp_path, capsys, run_of):
     other = tmp_path / "other"
     generate(run_of(other, seed=1))
     for suffix in (".tar", ".json"):
-        shutil.copy(shard_path(other, "frames", 1).with_suffix(suffix), shard_path(folder, "frames", 1).with_suffix(suffix))
+        shutil.copy((other / shard_name("frames", 1)).with_suffix(suffix), (folder / shard_name("frames", 1)).with_suffix(suffix))
     status, said = outcome(folder, capsys)
     assert status == 1 and "frames/000001.json: expected config_hash" in said
 
