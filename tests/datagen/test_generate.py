@@ -24,7 +24,7 @@ from datagen.plan import open_plan
 from datagen.reading import open_dataset
 from datagen.recipes import draw_identity
 from datagen.render import RenderConfig, frame_facts
-from datagen.shards import _HashedStream, shard_path
+from datagen.shards import _HashedStream, shard_name
 from datagen.storage import open_storage
 from head3d.run.config import save_yaml
 from head3d.run.errors import AssetError, ConfigError, DataError
@@ -165,7 +165,7 @@ def test_growing_a_set_gives_what_one_large_run_gives(tmp_path, run_of, data_fil
 def test_a_damaged_or_deleted_file_is_made_again(tmp_path, run_of, data_files, undisturbed):
     out = tmp_path / "set"
     generate(run_of(out))
-    cut, gone = shard_path(out, "labels", 1), shard_path(out, "identities", 0)
+    cut, gone = out / shard_name("labels", 1), out / shard_name("identities", 0)
     data = cut.read_bytes()
     cut.chmod(0o644)
     cut.write_bytes(data[:-512])
@@ -249,7 +249,7 @@ def test_a_shard_of_another_data_set_is_not_taken_for_done(tmp_path, run_of):
     generate(run_of(out))
     generate(run_of(other, seed=1))
     for suffix in (".tar", ".json"):
-        source, target = (shard_path(folder, "frames", 1).with_suffix(suffix) for folder in (other, out))
+        source, target = ((folder / shard_name("frames", 1)).with_suffix(suffix) for folder in (other, out))
         os.replace(source, target)
     with pytest.raises(ConfigError, match=r"frames/000001.json: expected a shard of settings .* two data sets are mixed"):
         generate(run_of(out))
