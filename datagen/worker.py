@@ -22,6 +22,7 @@ from datagen.render import RenderedIdentity, render_identity, reproducible
 from datagen.shards import ShardWriter, sample_key, write_shard
 from datagen.storage import Storage
 from genhead.generator import GenHead, load_genhead
+from head3d.head_model import HeadModel, load_head_model
 from head3d.rasterize import Backend, check_backend
 from head3d.run.checkpoint import exported_hash
 from head3d.run.errors import AssetError, ConfigError, DataError
@@ -128,6 +129,17 @@ def load_planned_generator(plan: Plan, folder: Path, device: str, rasterizer: Ba
             f"the data set was made with {plan.generator.head_model}"
         )
     return genhead
+
+
+def load_planned_head(plan: Plan, head_model: str) -> HeadModel:
+    """The head model in a file, or "procedural". Raises AssetError if it is not that of the plan's generator."""
+    head = load_head_model(head_model)
+    if head.content_hash != plan.generator.head_hash:
+        raise AssetError(
+            f"head_model {head_model}: expected the head of the shards (hash {plan.generator.head_hash}), got {head.content_hash}; "
+            f"give the file that the generator was trained with ({plan.generator.head_model})"
+        )
+    return head
 
 
 def _pack(

@@ -12,10 +12,9 @@ import torch
 
 from datagen.plan import Plan
 from datagen.reading import ShardDataset
-from datagen.worker import load_planned_generator
+from datagen.worker import load_planned_generator, load_planned_head
 from genhead.generator import GenHead
 from head3d.adversarial import Ema
-from head3d.head_model import load_head_model
 from head3d.run.checkpoint import (
     Checkpoint,
     export_model,
@@ -26,7 +25,7 @@ from head3d.run.checkpoint import (
     unpack_optimizer,
 )
 from head3d.run.config import config_hash, to_dict
-from head3d.run.errors import AssetError, ConfigError
+from head3d.run.errors import ConfigError
 from head3d.run.seeding import torch_generator, weights_drawn_from
 from head3d.run.training import check_state, part, refuse_changes, refuse_other_circumstances
 from reconstructor.adversary import Adversary
@@ -110,12 +109,7 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, fresh: boo
     """
     vectors = open_motion_vectors(config.model.architecture.motion, config.perception, device)
     head_model = config.head_model or plan.generator.head_model
-    head = load_head_model(head_model)
-    if head.content_hash != plan.generator.head_hash:
-        raise AssetError(
-            f"head_model {head_model}: expected the head of the shards (hash {plan.generator.head_hash}), got {head.content_hash}; "
-            f"give the file that the generator was trained with ({plan.generator.head_model})"
-        )
+    head = load_planned_head(plan, head_model)
     with weights_drawn_from(torch_generator(config.seed, "reconstructor", "weights")):
         model = Reconstructor(config.model, head).to(device)
     folder = config.generator or Path(plan.generator.folder)

@@ -21,8 +21,9 @@ from torch import nn
 from datagen.cache import CacheConfig, ShardCache, open_cache
 from datagen.plan import Plan, open_plan
 from datagen.reading import ShardDataset, open_dataset
+from datagen.worker import load_planned_head
 from head3d.adversarial import Ema
-from head3d.head_model import HeadModel, load_head_model
+from head3d.head_model import HeadModel
 from head3d.pictures import grid, to_uint8
 from head3d.run import distributed
 from head3d.run.checkpoint import (
@@ -35,7 +36,7 @@ from head3d.run.checkpoint import (
     unpack_optimizer,
 )
 from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, to_dict
-from head3d.run.errors import AssetError, ConfigError, DataError
+from head3d.run.errors import ConfigError, DataError
 from head3d.run.files import write_atomic
 from head3d.run.seeding import numpy_generator, torch_generator, weights_drawn_from
 from head3d.run.training import (
@@ -213,12 +214,7 @@ def step(
 def build(config: PerceptionRun, dataset: ShardDataset, plan: Plan, by_identity: dict[int, list[int]], device: torch.device) -> Learner:
     """A learner at the start of its life. Raises AssetError if the head model is not that of the shards."""
     head_model = config.head_model or plan.generator.head_model
-    head = load_head_model(head_model)
-    if head.content_hash != plan.generator.head_hash:
-        raise AssetError(
-            f"head_model {head_model}: expected the head of the shards (hash {plan.generator.head_hash}), got {head.content_hash}; "
-            f"give the file that the generator was trained with ({plan.generator.head_model})"
-        )
+    head = load_planned_head(plan, head_model)
     with weights_drawn_from(torch_generator(_seed(config), "perception", "weights")):
         network, scaffold = Perception(config.network), Scaffold(config.network, sorted(by_identity))
     truth = training_labels(dataset, by_identity, head)

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from datagen import worker
 from datagen.generate import DatagenRun, generate
 from datagen.members import ShardConfig
 from datagen.plan import open_plan
@@ -46,7 +47,7 @@ def people(world, tmp_path_factory):
 @pytest.fixture
 def run(people, tmp_path, monkeypatch, built_in_head):
     """Settings of a run of four steps."""
-    monkeypatch.setattr(training, "load_head_model", lambda place: built_in_head)
+    monkeypatch.setattr(worker, "load_head_model", lambda place: built_in_head)
     return PerceptionRun(
         out=tmp_path / "run",
         shards=people,
