@@ -24,7 +24,7 @@ from head3d.run.errors import ConfigError
 from head3d.surface import SurfaceConfig, extract_surface
 from reconstructor.architecture import Driver, SourceCode, repeat
 from reconstructor.model import Reconstructor
-from reconstructor.motion import IMAGE_MOTION_SIZE
+from reconstructor.motion import IMAGE_MOTION_SIZE, flame_motion_vector
 
 if TYPE_CHECKING:
     from trimesh import Trimesh
@@ -108,7 +108,7 @@ class Avatar:
 
 def _vector(model: Reconstructor, motion: Motion, vector: Tensor | None) -> Tensor:
     """What the attention of `model` reads, [B, D], on its device."""
-    vector = motion.vector() if vector is None else vector
+    vector = flame_motion_vector(motion) if vector is None else vector
     expected = model.architecture.config.motion_dim
     if vector.shape[1] != expected:
         names = {MOTION_VECTOR_SIZE: "FLAME's expression, jaw and eyes", IMAGE_MOTION_SIZE: "read off pictures"}

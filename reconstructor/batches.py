@@ -28,6 +28,7 @@ from tqdm import tqdm
 from datagen.cache import FetchAhead
 from head3d.labels import MOTION_VECTOR_SIZE, unpack_label
 from head3d.run.errors import ConfigError, DataError
+from reconstructor.motion import flame_motion_vector
 from reconstructor.order import BatchConfig, Frame, Item, ItemOrder
 
 REPLACEMENTS = 8  # samples drawn in the place of one that cannot be read, before it is an error after all
@@ -95,7 +96,7 @@ def read_item(dataset: FrameSource, item: Item, members: Iterable[str], driver_i
     picture, seen, driver = f"rgb.{item.target_view}", f"rgb.{item.source_view}", f"rgb.{item.driver_view}"
     data = dataset.read(target, sorted({picture, "label", *members} | ({driver} if driver_image else set())), view=item.target_view)
     other = dataset.read(source, [seen, "label"], view=item.source_view)
-    vectors = [unpack_label(torch.from_numpy(np.array(one["label"]))[None]).motion.vector()[0].numpy() for one in (other, data)]
+    vectors = [flame_motion_vector(unpack_label(torch.from_numpy(np.array(one["label"]))[None]).motion)[0].numpy() for one in (other, data)]
     assert vectors[0].shape == (MOTION_VECTOR_SIZE,)
     sample = {
         "source_image": as_picture(other[seen]),

@@ -2,15 +2,26 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from head3d.labels import MOTION_VECTOR_SIZE
+from head3d.labels import MOTION_VECTOR_SIZE, Motion
 
 # Eyes 6, emotion 30, mouth features 512: what Portrait4D's motion encoder reads off a picture. FLAME's is labels.MOTION_VECTOR_SIZE.
 IMAGE_MOTION_SIZE = 548
 MotionKind = Literal["flame", "image"]  # where a motion vector comes from: a label, or a picture (`motion_vectors.py`)
 MOTION_SIZES: dict[MotionKind, int] = {"flame": MOTION_VECTOR_SIZE, "image": IMAGE_MOTION_SIZE}
+_ANGLE_UNIT = 0.1  # radians
+
+
+def flame_motion_vector(motion: Motion) -> Tensor:
+    """FLAME's motion vector [B, 109] as networks read it: expression coefficients, then jaw and eyes in tenths of a radian.
+
+    In radians they would be small numbers beside a hundred expression coefficients of about 1, and be learned last. The neck is not in
+    it: it moves rigidly. The published code of this variant is silent on units.
+    """
+    return torch.cat([motion.expression, motion.jaw_pose / _ANGLE_UNIT, motion.eye_pose / _ANGLE_UNIT], dim=1)
 
 
 class MotionTokens(nn.Module):

@@ -1,6 +1,6 @@
 """Where the motion vectors come from that a reconstructor's attention reads (`architecture.motion`).
 
-    flame   expression, jaw and eyes of a label                                          109 numbers
+    flame   expression, jaw and eyes of a label, see motion.flame_motion_vector          109 numbers
     image   read off a picture by a perception network's motion encoder, frozen          548 numbers
             where there is FLAME motion and no picture: the encoder's branch for it       the same numbers, less exactly
 
@@ -23,7 +23,7 @@ from head3d.run.checkpoint import exported_config, exported_hash
 from head3d.run.errors import AssetError, ConfigError
 from reconstructor.batches import Batch
 from reconstructor.model import EXPORT_KIND, ReconstructorExport
-from reconstructor.motion import MotionKind
+from reconstructor.motion import MotionKind, flame_motion_vector
 from reconstructor.perception import Perception, load_perception
 
 
@@ -41,7 +41,7 @@ class MotionVectors:
         """Of heads that are known by pictures [B, 3, n, n] in [-1, 1], in the framing of labels, and by the motion of their labels."""
         match self.kind:
             case "flame":
-                return motion.vector()
+                return flame_motion_vector(motion)
             case "image":
                 return self.network.motion(pictures)
             case other:
@@ -51,7 +51,7 @@ class MotionVectors:
     def described(self, motion: Motion) -> Tensor:
         """Of FLAME motion for which there is no picture; on the device of `motion`."""
         if self.kind == "flame":
-            return motion.vector()
+            return flame_motion_vector(motion)
         encoder = self.network.motion
         return encoder.vector(encoder.flame_coefficients(motion.to(encoder.basis.device))).to(motion.expression.device)
 

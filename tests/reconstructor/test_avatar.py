@@ -12,6 +12,7 @@ from head3d.surface import SurfaceConfig
 from reconstructor.architecture import Driver
 from reconstructor.avatar import Avatar
 from reconstructor.model import Reconstructor
+from reconstructor.motion import flame_motion_vector
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def test_an_avatar_draws_what_the_whole_network_draws(model, neck):
     shape = torch.randn(1, 300, generator=torch.Generator().manual_seed(3)) * 0.1
     camera = orbit(torch.tensor([0.3, -0.2]), torch.zeros(2), torch.full((2,), 4.17))
     avatar = Avatar.from_image(model, image, shape=shape, motion=own)
-    source = [part.expand(2, *part.shape[1:]) for part in (image, own.vector(), shape)]
-    whole = model(source[0], source[1], Driver(driving.vector()), torch.ones(2), source[2], driving, camera).images
+    source = [part.expand(2, *part.shape[1:]) for part in (image, flame_motion_vector(own), shape)]
+    whole = model(source[0], source[1], Driver(flame_motion_vector(driving)), torch.ones(2), source[2], driving, camera).images
     driven = avatar.drive(driving, camera)
     assert torch.allclose(driven.image, whole.image, atol=1e-4)
     assert torch.allclose(driven.depth, whole.depth, atol=1e-4)
@@ -53,7 +54,7 @@ def test_an_avatar_draws_what_the_whole_network_draws(model, neck):
 def test_the_neck_moves_the_picture_and_the_motion_vector_does_not_know_it(model):
     avatar, still, turned = Avatar.from_image(model, picture()), motions(1), motions(1)
     turned.neck_pose[0, 1] = 0.5
-    assert torch.equal(still.vector(), turned.vector())
+    assert torch.equal(flame_motion_vector(still), flame_motion_vector(turned))
     assert not torch.allclose(avatar.drive(still, frontal()).image, avatar.drive(turned, frontal()).image, atol=1e-3)
 
 
@@ -90,7 +91,7 @@ def test_a_little_motion_changes_the_picture_a_little(model):
 def test_a_motion_vector_may_come_from_elsewhere_and_must_fit_the_network(model):
     avatar, driving = Avatar.from_image(model, picture()), motions(2)
     rest = Motion.neutral(2)
-    assert torch.equal(avatar.drive(rest, frontal(2), vector=driving.vector()).image, avatar.drive(driving, frontal(2)).image)
+    assert torch.equal(avatar.drive(rest, frontal(2), vector=flame_motion_vector(driving)).image, avatar.drive(driving, frontal(2)).image)
     with pytest.raises(ConfigError, match=r"vectors of 109 numbers \(FLAME's .*\), got 548 numbers \(read off pictures\)"):
         avatar.drive(rest, frontal(2), vector=torch.zeros(2, 548))
     with pytest.raises(ConfigError, match="109 numbers"):

@@ -18,6 +18,7 @@ from head3d.surface import SurfaceConfig
 from reconstructor.drive import DriveRun, MeshConfig, drive, read_sequence, read_source
 from reconstructor.drivers import PictureMotion, camera_of_rotation, open_pictures, perception_reader
 from reconstructor.model import load_reconstructor
+from reconstructor.motion import flame_motion_vector
 from reconstructor.train import train
 
 
@@ -126,7 +127,7 @@ def bright_jaw(pictures):
     motion = Motion.neutral(len(pictures))
     motion.jaw_pose[:, 0] = brightness
     rotation = orbit(brightness, torch.zeros_like(brightness), torch.ones_like(brightness)).c2w[:, :3, :3].mT
-    return PictureMotion(motion, rotation, motion.vector())
+    return PictureMotion(motion, rotation, flame_motion_vector(motion))
 
 
 def test_a_video_drives_through_a_reader_at_its_own_speed(exported, tmp_path, monkeypatch):
@@ -175,7 +176,9 @@ def test_the_perception_network_reads_flame_motion_or_the_image_motion_vector(ti
     network = tiny_perception(tmp_path)
     pictures = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     flame, vectors = perception_reader(network, "flame")(pictures), perception_reader(network, "image")(pictures)
-    assert torch.equal(flame.vector, flame.motion.vector()) and torch.equal(flame.motion.expression, network.read(pictures).expression)
+    assert torch.equal(flame.vector, flame_motion_vector(flame.motion)) and torch.equal(
+        flame.motion.expression, network.read(pictures).expression
+    )
     assert torch.equal(flame.rotation, vectors.rotation) and torch.equal(vectors.vector, network.motion(pictures))
     assert not vectors.vector.requires_grad and not flame.motion.neck_pose.any()
 

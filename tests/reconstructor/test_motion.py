@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from head3d.labels import MOTION_VECTOR_SIZE
-from reconstructor.motion import IMAGE_MOTION_SIZE, MotionTokens
+from head3d.labels import MOTION_VECTOR_SIZE, Motion
+from reconstructor.motion import IMAGE_MOTION_SIZE, MotionTokens, flame_motion_vector
+
+
+def test_the_motion_vector_of_flame_is_expression_jaw_and_eyes_with_a_tenth_of_a_radian_as_one():
+    motion = Motion(torch.full((1, 100), 2.0), torch.full((1, 3), 9.0), torch.tensor([[0.3, 0.0, -0.1]]), torch.full((1, 6), 0.05))
+    expected = torch.tensor([2.0] * 100 + [3.0, 0.0, -1.0] + [0.5] * 6)
+    torch.testing.assert_close(flame_motion_vector(motion)[0], expected)
 
 
 @pytest.mark.parametrize("size", [MOTION_VECTOR_SIZE, IMAGE_MOTION_SIZE, 3])

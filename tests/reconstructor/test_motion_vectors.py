@@ -23,6 +23,7 @@ from reconstructor.evaluate import EvaluateRun, evaluate, predict
 from reconstructor.evaluation_cases import Truths, draw_cases
 from reconstructor.learner import build
 from reconstructor.model import EXPORT_KIND, ReconstructorExport, load_reconstructor
+from reconstructor.motion import flame_motion_vector
 from reconstructor.motion_vectors import MotionVectors, exported_motion_vectors, open_motion_vectors
 from reconstructor.perception import load_perception
 from reconstructor.sources import held_out_frames
@@ -64,7 +65,9 @@ def enliven(model):
 def test_flame_vectors_are_the_label_s_and_image_vectors_the_encoder_s(tiny_perception, tmp_path):
     network = tiny_perception(tmp_path)
     flame, image = MotionVectors("flame"), MotionVectors("image", network)
-    assert torch.equal(flame.seen(pictures(3), moved(3)), moved(3).vector()) and torch.equal(flame.described(moved(3)), moved(3).vector())
+    assert torch.equal(flame.seen(pictures(3), moved(3)), flame_motion_vector(moved(3))) and torch.equal(
+        flame.described(moved(3)), flame_motion_vector(moved(3))
+    )
     found = image.seen(pictures(3), moved(3))
     assert found.shape == (3, 548) and torch.equal(found, network.motion(pictures(3)))
     assert torch.equal(found, image.seen(pictures(3), moved(3, seed=1)))  # the label has no say
