@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import fsspec
@@ -131,8 +133,15 @@ def hostile() -> Callable[..., object]:
 def two_processes() -> Callable[[Sequence[str]], list[str]]:
     """`two_processes(arguments)`: run Python with `arguments` as the two processes of a group; what each printed, if both end well.
 
-    They meet as under torchrun, in a store that this process holds, so no port is chosen before it is taken.
+    They meet as under torchrun, in a store that this process holds, so no port is chosen before it is taken; they speak through the
+    loopback interface, whatever this machine's name stands for.
     """
+
+    def printed_by(process: subprocess.Popen) -> str:
+        printed, errors = process.communicate()
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args, printed, errors)
+        return printed
 
     def run(arguments: Sequence[str]) -> list[str]:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -141,19 +150,25 @@ def two_processes() -> Callable[[Sequence[str]], list[str]]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "GLOO_SOCKET_IFNAME": next(name for _, name in socket.if_nameindex() if name.startswith("lo")),
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
         }
         processes = [
             subprocess.Popen([sys.executable, *arguments], env=environment | {"RANK": rank}, cwd=ROOT,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for rank in "01"
         ]  # fmt: skip
-        try:
-            outputs = [process.communicate(timeout=300) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()  # the other one waits for ever when one has failed
-        assert [process.returncode for process in processes] == [0, 0], [errors for _, errors in outputs]
-        return [printed for printed, _ in outputs]
+        with ThreadPoolExecutor(2) as readers:  # the pipes of both are emptied all the time
+            endings = [readers.submit(printed_by, process) for process in processes]
+            try:
+                _, running = wait(endings, timeout=300, return_when=FIRST_EXCEPTION)
+                wait(running, timeout=10)  # the other one may be just saying why
+            finally:
+                for process in processes:
+                    process.kill()  # one waits for ever when the other has failed
+        errors = [ending.exception() for ending in endings]
+        assert errors == [None, None], "\n".join(f"process {rank}: {error}\n{error.stderr}" for rank, error in enumerate(errors) if error)
+        return [ending.result() for ending in endings]
 
     return run

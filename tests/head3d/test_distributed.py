@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
 import torch
 
 from head3d.run.distributed import StopSignal, any_process, average_gradients, mean_scalars, start, stop
@@ -33,6 +34,12 @@ print(me.rank, me.world_size, me.is_main)
 
 def test_two_processes_agree_on_gradients_averages_and_numbers(two_processes):
     assert two_processes(["-c", PROGRAM]) == ["0 2 True\n", "1 2 False\n"]
+
+
+def test_what_the_process_says_that_fails_is_seen_however_much_both_say(two_processes):
+    program = "import os, sys; sys.stderr.write('x' * 200_000); sys.exit('why it fails' if os.environ['RANK'] == '1' else 0)"
+    with pytest.raises(AssertionError, match=r"process 1: .* exit status 1(.|\n)*why it fails"):
+        two_processes(["-c", program])
 
 
 def test_one_process_alone_leaves_everything_as_it_is(monkeypatch):
