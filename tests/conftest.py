@@ -162,7 +162,7 @@ def two_processes() -> Callable[[Sequence[str]], list[str]]:
         with ThreadPoolExecutor(2) as readers:  # the pipes of both are emptied all the time
             endings = [readers.submit(printed_by, process) for process in processes]
             try:
-                _, running = wait(endings, timeout=300, return_when=FIRST_EXCEPTION)
+                _, running = wait(endings, timeout=900, return_when=FIRST_EXCEPTION)
                 wait(running, timeout=10)  # the other one may be just saying why
             finally:
                 for process in processes:
