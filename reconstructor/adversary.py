@@ -6,8 +6,9 @@
 
 The reconstructor's term is softplus(-D(fake)); the discriminator minimises softplus(D(fake)) + softplus(-D(real)), and in every 16th of
 its steps takes one more with the gradient penalty (portrait4d, sections 3, 6.8 and 6.9). It trains only in steps in which the term
-counts, so before 1,000,000 images it is as it began: at random as published, or as the generator's. Pictures are not blurred. One sample
-of 512 x 512 pixels costs the reconstructor's pass 249 GFLOP and 680 MB kept for the gradient, the discriminator's step 745 GFLOP.
+counts, so before 1,000,000 images it is as it began: at random as published, as the generator's, or as that of the reconstructor that the
+run goes on from. Pictures are not blurred. One sample of 512 x 512 pixels costs the reconstructor's pass 249 GFLOP and 680 MB kept for the
+gradient, the discriminator's step 745 GFLOP.
 
 Deliberate differences from the source. The necks of our shards may turn, which the map shows and the camera does not; there they are at
 rest, and the camera has the whole pose. The discriminator judges the pictures of the reconstructor's own step, rendered just before its
@@ -33,7 +34,7 @@ from head3d.networks.discriminator import Discriminator, DiscriminatorConfig
 from head3d.networks.resample import resize_antialias
 from head3d.rasterize import correspondence_map
 from head3d.rendering import HeadImages
-from head3d.run.checkpoint import Checkpoint, fill_weights, load_exported, pack_optimizer, unpack_optimizer
+from head3d.run.checkpoint import Checkpoint, export_model, fill_weights, load_exported, pack_optimizer, unpack_optimizer
 from head3d.run.config import PositiveFloat, PositiveInt
 from head3d.run.distributed import Process, average_gradients, mean_scalars
 from head3d.run.errors import ConfigError
@@ -96,26 +97,37 @@ def show(head: HeadModel, rendered: HeadImages, batch: Batch) -> Shown:
 class Adversary:
     """The discriminator and its optimiser. Its parameters take gradients in its own step alone."""
 
-    def __init__(self, config: AdversaryConfig, seed: int, generator: Path, device: torch.device | str = "cpu") -> None:
-        """Random weights. generator: folder of the exported generator, for `begin`."""
-        self.config, self._generator = config, generator
+    def __init__(
+        self,
+        config: AdversaryConfig,
+        seed: int,
+        generator: Path,  # folder of the exported generator, for `begin`
+        start_from: Path | None = None,  # folder of the exported reconstructor that the run goes on from, for `begin`
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Random weights."""
+        self.config, self._generator, self._start_from = config, generator, start_from
         with weights_drawn_from(torch_generator(seed, "reconstructor", "discriminator")):
             self.network = Discriminator(config.discriminator).to(device).requires_grad_(False)
         self.optimizer = lazy_adam(self.network.parameters(), config.learning_rate, config.r1_every, config.betas, config.epsilon)
 
     def begin(self) -> None:
-        """Take the generator's discriminator if `warm_start` says so.
+        """Take the discriminator of `start_from` if that was exported with one, else the generator's if `warm_start` says so.
 
         Raises AssetError if the generator was exported without one or a file is damaged, ConfigError if it is of other settings.
         """
-        if not self.config.warm_start:
+        onward = self._start_from and self._start_from / DISCRIMINATOR_FOLDER
+        if onward and (onward.is_dir() or not onward.parent.is_dir()):  # an export that is gone is not one without a discriminator
+            folder, remedy = onward, "--start_from None"
+        elif self.config.warm_start:
+            folder, remedy = self._generator / DISCRIMINATOR_FOLDER, "--adversary.warm_start false"
+        else:
             return
-        folder = self._generator / DISCRIMINATOR_FOLDER
         weights, exported = load_exported(folder, DiscriminatorExport, DISCRIMINATOR_KIND)
         if exported.discriminator != self.config.discriminator:
             raise ConfigError(
-                f"adversary.warm_start: {folder} has other settings than adversary.discriminator; take them from its config.yaml, or begin "
-                "at random with --adversary.warm_start false"
+                f"{folder} has other settings than adversary.discriminator; take them from its config.yaml, or begin at random with "
+                f"{remedy}"
             )
         fill_weights(self.network, weights, str(folder))
 
@@ -173,6 +185,11 @@ class Adversary:
             unpack_optimizer(self.optimizer, _OPTIMIZER, saved.tensors, saved.state[_OPTIMIZER])
         else:
             self.begin()
+
+    def export(self, folder: Path, images_seen: int, half: bool) -> None:
+        """Write the discriminator into `folder`, an exported reconstructor's, for `begin` of a run that goes on from there."""
+        settings = DiscriminatorExport(self.config.discriminator)
+        export_model(folder / DISCRIMINATOR_FOLDER, self.network.state_dict(), settings, DISCRIMINATOR_KIND, images_seen, half=half)
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor], share: float) -> None:

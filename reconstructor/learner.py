@@ -123,7 +123,7 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, fresh: boo
     ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
     optimizer = build_optimizer(config, model)
     frozen = load_frozen_networks(config.network_files(), config.losses_of_all_stages(), model.head_model, device)
-    adversary = Adversary(config.adversary, config.seed, folder, device) if config.has_adversary else None
+    adversary = Adversary(config.adversary, config.seed, folder, config.start_from, device) if config.has_adversary else None
     if fresh and adversary:
         adversary.begin()
     return Learner(model, averaged, ema, optimizer, frozen, vectors, adversary, head_model)
@@ -222,8 +222,11 @@ def _settings(values: dict) -> dict:
 
 
 def export(config: ReconstructorRun, learner: Learner, images_seen: int) -> Path:
-    """Write the averaged reconstructor for use, at the rays that it has come to: RUN/export."""
-    vectors = learner.vectors
+    """Write the averaged reconstructor for use, at the rays that it has come to, and below it its opponent, if any, for going on from
+    there: RUN/export."""
+    folder, vectors = config.out / "export", learner.vectors
+    if learner.adversary:
+        learner.adversary.export(folder, images_seen, config.export_half)
     model = dataclasses.replace(config.model, render_resolution=config.rays_at(images_seen))
     settings = ReconstructorExport(learner.head_model, str(vectors.folder) if vectors.folder else "", vectors.weights_hash, model)
-    return export_model(config.out / "export", learner.averaged.weights(), settings, EXPORT_KIND, images_seen, half=config.export_half)
+    return export_model(folder, learner.averaged.weights(), settings, EXPORT_KIND, images_seen, half=config.export_half)

@@ -63,7 +63,7 @@ class ReconstructorRun:
     arcface: Path | None = None  # ArcFace for the identity term (published): a state dict of insightface's IR-ResNet
     missing_networks: Literal["refuse", "drop"] = "refuse"  # perceptual or identity term, and none of those for it: stop, or do without
     warm_start: bool = True  # decoder and super-resolution begin as the generator's; False: at random (published default)
-    start_from: Path | None = None  # exported reconstructor to go on from, with its clock; None = random weights and the warm start
+    start_from: Path | None = None  # exported reconstructor to go on from, with discriminator and clock; None = random weights, warm start
     export_half: bool = False  # store exported weights as float16
     seed: NonNegativeInt = 0  # of weights, order and every draw
     total_images: PositiveInt = 15_000_000  # targets shown before the run ends

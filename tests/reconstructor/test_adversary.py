@@ -131,7 +131,7 @@ def test_it_begins_as_the_generators_where_asked_and_another_design_or_none_is_r
     late.restore(Checkpoint(tmp_path, 0, {"model/weight": torch.zeros(1)}, {}, {}))  # of a run that was to end before the term began
     assert same(late)
     wider = DiscriminatorConfig(resolution=S, channel_base=128, channel_max=8, mapping_layers=1)
-    with pytest.raises(ConfigError, match=r"adversary.warm_start: .* other settings .* --adversary.warm_start false"):
+    with pytest.raises(ConfigError, match="other settings than adversary.discriminator.* --adversary.warm_start false"):
         Adversary(AdversaryConfig(warm_start=True, discriminator=wider), 0, tmp_path).begin()
     with pytest.raises(AssetError, match="there is no such folder"):
         Adversary(AdversaryConfig(warm_start=True, discriminator=SMALL), 0, tmp_path / "elsewhere").begin()

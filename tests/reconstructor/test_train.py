@@ -19,12 +19,12 @@ from datagen.reading import open_dataset
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig
 from genhead.generator import load_genhead
-from genhead.train import GenHeadRun
+from genhead.train import DISCRIMINATOR_FOLDER, GenHeadRun
 from head3d.cameras import frontal
 from head3d.labels import Motion, unpack_label
 from head3d.networks.discriminator import DiscriminatorConfig
 from head3d.run import distributed
-from head3d.run.checkpoint import latest_checkpoint
+from head3d.run.checkpoint import Checkpoint, latest_checkpoint
 from head3d.run.config import from_dict, load_yaml, save_yaml
 from head3d.run.errors import AssetError, ConfigError, DataError
 from head3d.run.runlog import read_metrics
@@ -197,6 +197,25 @@ def test_a_run_goes_on_from_an_exported_reconstructor_with_its_clock(world, tmp_
     wider = dataclasses.replace(onward, out=tmp_path / "wider", model=dataclasses.replace(onward.model, architecture=other))
     with pytest.raises(ConfigError, match="other settings of model"):
         train(wider)
+
+
+def test_a_run_goes_on_from_an_export_with_the_discriminator_that_lies_below_it(world, tmp_path):
+    first = world.run(tmp_path / "first", total_images=4, losses=adversarial(since=0), adversary=TINY_ADVERSARY)
+    assert train(first) == 0
+    saved = {name[14:]: value for name, value in latest_checkpoint(first.out).tensors.items() if name.startswith("discriminator/")}
+    onward = dataclasses.replace(first, out=tmp_path / "onward", start_from=first.out / "export", total_images=8)
+    assert not equal_tensors(learner(onward).adversary.network.state_dict(), saved)
+    late = build(onward, open_plan(world.shards), torch.device("cpu"), fresh=False).adversary
+    late.restore(Checkpoint(tmp_path, 4, {}, {}, {}))  # of a run that was to end before the term began
+    assert not equal_tensors(late.network.state_dict(), saved)
+    wider = dataclasses.replace(TINY_ADVERSARY, discriminator=dataclasses.replace(TINY_ADVERSARY.discriminator, channel_base=256))
+    with pytest.raises(ConfigError, match="other settings than adversary.discriminator.* --start_from None"):
+        learner(dataclasses.replace(onward, adversary=wider))
+    shutil.rmtree(first.out / "export" / DISCRIMINATOR_FOLDER)
+    assert equal_tensors(learner(onward).adversary.network.state_dict(), saved), "an export without one: at random again"
+    shutil.rmtree(first.out / "export")
+    with pytest.raises(AssetError, match="there is no such folder"):
+        late.restore(Checkpoint(tmp_path, 4, {}, {}, {}))
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(world, tmp_path, monkeypatch):
