@@ -154,11 +154,13 @@ class ShardCache:
         raise DataError(self._damaged[tar])
 
     def _pieces(self, tar: Tar) -> Iterator[bytes]:
+        length = tar.size if self.storage.sends_whole_files else PIECE
+
         def read(start: int) -> bytes:
-            return self.storage.read(tar.name, start, min(start + PIECE, tar.size))
+            return self.storage.read(tar.name, start, min(start + length, tar.size))
 
         try:
-            yield from self.storage.each(read, range(0, tar.size, PIECE), PIECES_AT_ONCE)
+            yield from self.storage.each(read, range(0, tar.size, length), PIECES_AT_ONCE)
         except FileNotFoundError as error:
             path = self.storage.where(tar.name)
             raise DataError(f"{path}: could not be opened ({error}); {remedy(path)}") from error

@@ -45,6 +45,7 @@ class Storage(Protocol):
     """
 
     address: str  # as the user gave it
+    sends_whole_files: bool  # whether it is known to send all of a file to who asks for a part
 
     def where(self, name: str = "") -> str:
         """The file's full address, for messages."""
@@ -122,6 +123,8 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], at_onc
 
 class LocalFolder:
     """A `Storage` on this machine's file system."""
+
+    sends_whole_files = False
 
     def __init__(self, address: str, folder: Path) -> None:
         self.address, self.folder = address, folder
@@ -220,7 +223,7 @@ class RemoteFolder:
     """A `Storage` behind an fsspec URL. Safe for threads; a copy sent to another process connects anew."""
 
     def __init__(self, address: str, patience: Patience = Patience()) -> None:
-        self.address, self.patience = address.rstrip("/"), patience
+        self.address, self.patience, self.sends_whole_files = address.rstrip("/"), patience, False
         self._connection: tuple[int, fsspec.AbstractFileSystem, str] | None = None
 
     def where(self, name: str = "") -> str:
@@ -238,6 +241,9 @@ class RemoteFolder:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         def get(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
             data = filesystem.cat_file(path, start=start or None, end=stop)
+            if stop is not None and len(data) > stop - start and len(data) >= stop:  # HTTP allows a server to ignore the range
+                self.sends_whole_files = True
+                return data[start:stop]
             if stop is not None and len(data) != stop - start:
                 raise OSError(f"asked for bytes {start} to {stop}, got {len(data)} bytes")
             return data

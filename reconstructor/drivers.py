@@ -30,6 +30,7 @@ from reconstructor.sequences import FRONTAL_RADIUS, Sequence
 from reconstructor.sources import central_square, crop_square
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+NO_FILES = ("built-in", "shard")  # drivers that no file holds
 READER_BATCH = 16  # pictures read together
 
 
@@ -64,8 +65,18 @@ class Pictures(NamedTuple):
 
 
 def drives_by_pictures(driver: str) -> bool:
-    """Whether `driver` names pictures: the number of a camera, a folder, or a file that is no array file."""
-    return driver.isdecimal() or Path(driver).is_dir() or (Path(driver).is_file() and Path(driver).suffix not in (".npz", ".npy"))
+    """Whether `driver` names pictures: the number of a camera, a folder, or a file that is no array file.
+
+    Raises DataError if it names nothing that is there.
+    """
+    if driver in NO_FILES:
+        return False
+    if not driver.isdecimal() and not Path(driver).exists():
+        raise DataError(
+            f"motion {driver}: expected {', '.join(NO_FILES)}, a file of motions (.npz, .npy), a video, a folder of pictures or the number "
+            "of a camera; there is no such file or folder"
+        )
+    return driver.isdecimal() or Path(driver).is_dir() or Path(driver).suffix not in (".npz", ".npy")
 
 
 @contextlib.contextmanager
@@ -79,6 +90,8 @@ def open_pictures(driver: str) -> Iterator[Pictures]:
         return
     import imageio.v3 as imageio
 
+    if Path(driver).suffix.lower() in PICTURE_SUFFIXES:
+        raise DataError(f"{driver}: expected a video, got a picture; put it in a folder, alone or with others, and give the folder")
     where = f"<video{driver}>" if driver.isdecimal() else driver
     with contextlib.ExitStack() as stack:
         try:

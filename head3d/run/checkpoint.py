@@ -243,8 +243,11 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # as every file of this user gets; safetensors would keep it from all others
     try:
         save_file(_own_memory(tensors), path)
+        path.chmod(mode)
     except SafetensorError as error:  # its own class, also for a full disk; as OSError it is reported like every failed write
         raise OSError(str(error)) from error
 

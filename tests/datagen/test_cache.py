@@ -26,7 +26,7 @@ class Place:
         for name, data in files.items():
             self.storage.write(name, data)
             self.tars[name] = Tar(name, len(data), hashlib.sha256(data).hexdigest())
-        self.where, self.each = self.storage.where, self.storage.each
+        self.where, self.each, self.sends_whole_files = self.storage.where, self.storage.each, False
 
     def read(self, name, start=0, stop=None):
         with self._lock:
@@ -57,6 +57,12 @@ def test_a_file_is_fetched_once_in_pieces_for_all_who_share_the_folder(place, tm
     cache, other = ShardCache(place, tmp_path / "cache", 10_000), ShardCache(place, tmp_path / "cache", 10_000)
     assert read(cache, place, "a") == b"a" * 1000 and place.asked == ["frames/a.tar"] * 4  # 300 + 300 + 300 + 100
     assert read(cache, place, "a") == read(other, place, "a") == b"a" * 1000 and len(place.asked) == 4
+
+
+def test_of_a_server_that_sends_whole_files_a_file_is_asked_for_once(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("datagen.cache.PIECE", 300)
+    place.sends_whole_files = True
+    assert read(ShardCache(place, tmp_path / "cache", 10_000), place, "a") == b"a" * 1000 and place.asked == ["frames/a.tar"]
 
 
 def test_many_who_want_a_file_at_once_fetch_it_once(place, tmp_path):

@@ -1,12 +1,15 @@
 """Data sets in a folder, in memory, on an S3 server and behind plain HTTP: the same bytes, and what goes wrong on the way there."""
 
+import functools
 import hashlib
+import http.server
 import json
 import pickle
 import re
 import shlex
 import shutil
 import socket
+import threading
 
 import fsspec
 import pytest
@@ -263,6 +266,21 @@ def test_a_set_behind_plain_http_is_read_and_cannot_be_written(s3_server, bucket
         assert all((a[name] == b[name]) if name == "json" else (a[name] == b[name]).all() for name in names)
     with pytest.raises(DataError, match=f"{url}/index: could not be written: .*read-only"):
         open_storage(url).write("index", "{}")
+
+
+def test_a_server_that_ignores_ranges_is_read_in_parts_all_the_same(tmp_path):
+    (tmp_path / "a.tar").write_bytes(bytes(range(200)))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)  # `python -m http.server` answers whole files
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = RemoteFolder(f"http://127.0.0.1:{server.server_port}", AT_ONCE)
+        assert not place.sends_whole_files
+        assert place.read("a.tar", 100, 103) == bytes([100, 101, 102]) and place.read("a.tar", 0, 2) == bytes([0, 1])
+        assert place.sends_whole_files and place.read("a.tar", 0, 200) == bytes(range(200))
+        with pytest.raises(DataError, match="a.tar: could not be read in 3 attempts: .*asked for bytes 100 to 201"):
+            place.read("a.tar", 100, 201)
+        server.shutdown()
 
 
 def test_what_http_forbids_is_not_tried_again(s3_server, bucket):

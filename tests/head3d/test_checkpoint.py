@@ -269,6 +269,11 @@ def test_an_exported_model_comes_back_as_float32_with_its_config(tmp_path, half)
     assert json.loads((tmp_path / "model" / "model.json").read_text())["images_seen"] == 640
 
 
+def test_whoever_may_read_the_settings_of_an_export_may_read_its_weights(tmp_path):
+    folder = export_model(tmp_path, Training().net.state_dict(), Tiny(), "net", images_seen=0)
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.yaml").stat().st_mode
+
+
 def test_equal_weights_have_an_equal_hash(tmp_path):
     for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
         export_model(tmp_path / name, {"x": torch.tensor(value)}, Tiny(), "tiny", 0)

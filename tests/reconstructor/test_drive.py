@@ -208,6 +208,13 @@ def test_a_camera_that_is_not_there_and_files_that_are_no_video_are_errors(tmp_p
     (tmp_path / "clip.mp4").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"clip.mp4: expected a video that ffmpeg can read"), open_pictures(str(tmp_path / "clip.mp4")):
         pass
+    with pytest.raises(DataError, match=r"a.PNG: expected a video, got a picture; put it in a folder"), open_pictures("a.PNG"):
+        pass
     (tmp_path / "empty").mkdir()
     with open_pictures(str(tmp_path / "empty")) as pictures, pytest.raises(DataError, match="empty: expected pictures .* found none"):
         next(pictures.frames)
+
+
+def test_a_driver_that_is_nowhere_is_an_error_that_says_what_drives(exported, tmp_path):
+    with pytest.raises(DataError, match=r"clip.mp4: expected built-in, shard, a file of motions .*, a video, .*; there is no such file"):
+        drive(DriveRun(out=tmp_path / "out", reconstructor=exported, motion=str(tmp_path / "clip.mp4")))
