@@ -29,7 +29,7 @@ from head3d.run.errors import ConfigError
 from head3d.run.files import sha256_of_file
 from reconstructor.batches import Batch
 from reconstructor.losses import LossConfig, picture_pairs
-from reconstructor.perception import load_perception, true_reading
+from reconstructor.perception import Perception, load_perception, true_reading
 from reconstructor.published_perception import align_faces, load_arcface, load_lpips
 
 
@@ -89,15 +89,21 @@ def check_networks(files: NetworkFiles, config: LossConfig, missing: Literal["re
     return [f"{message}; this run does without the term" for message in lacking]
 
 
-def load_frozen_networks(files: NetworkFiles, config: LossConfig, head: HeadModel, device: torch.device | str = "cpu") -> FrozenNetworks:
-    """The networks of terms with a weight, as far as there are files. head: the labels', on `device`; its landmarks place ArcFace's crop.
+def load_frozen_networks(
+    files: NetworkFiles,
+    config: LossConfig,
+    head: HeadModel,  # the labels', on `device`; its landmarks place ArcFace's crop
+    device: torch.device | str = "cpu",
+    perception: Perception | None = None,  # that of `files` where it has been loaded before, on `device`
+) -> FrozenNetworks:
+    """The networks of terms with a weight, as far as there are files.
 
     Raises AssetError if a file is missing, damaged, does not fit, or holds a perception network that was trained for evaluation.
     """
     compares, recognises = config.perceptual.weight > 0, config.identity.weight > 0
     ours = None
     if files.perception and ((compares and not files.lpips) or (recognises and not files.arcface)):
-        ours, ours_hash = load_perception(files.perception, "losses", device), exported_hash(files.perception)
+        ours, ours_hash = perception or load_perception(files.perception, "losses", device), exported_hash(files.perception)
     perceptual = identity = None
     if compares and files.lpips:
         distance = load_lpips("vgg", files.lpips).to(device)

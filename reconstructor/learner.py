@@ -122,7 +122,7 @@ def build(config: ReconstructorRun, plan: Plan, device: torch.device, fresh: boo
         model.compile_parts()
     ema = Ema(averaged, half_life_images=config.ema_images, ramp=config.ema_ramp)
     optimizer = build_optimizer(config, model)
-    frozen = load_frozen_networks(config.network_files(), config.losses_of_all_stages(), model.head_model, device)
+    frozen = load_frozen_networks(config.network_files(), config.losses_of_all_stages(), model.head_model, device, vectors.network)
     adversary = Adversary(config.adversary, config.seed, folder, config.start_from, device) if config.has_adversary else None
     if fresh and adversary:
         adversary.begin()

@@ -115,6 +115,12 @@ def test_with_the_switch_off_the_driver_s_picture_has_no_influence_and_with_it_o
     assert not torch.equal(outputs[1.0, 1], outputs[1.0, 2])
 
 
+def test_the_network_that_reads_motion_and_judges_losses_is_in_memory_once(trained):
+    one = build(trained, open_plan(trained.shards), torch.device("cpu"), fresh=True)
+    assert one.frozen.perceptual.distance.__self__ is one.vectors.network
+    assert one.frozen.weights_hashes() == dict.fromkeys(("perceptual", "identity"), one.vectors.weights_hash)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one_and_both_know_their_encoder(world, trained, tmp_path):
     parts = dataclasses.replace(trained, out=tmp_path / "parts", batches=BatchConfig(size=4, threads=0))
     train(dataclasses.replace(parts, total_images=4))
