@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reconstructor.motion import MotionTokens
 from reconstructor.products import Linear, attention
 
 PUBLISHED_WIDTH = 1024  # token width at which the published initialisation (0.02) was chosen
@@ -206,6 +207,9 @@ def initialize(root: nn.Module, token_width: int, generator: torch.Generator | N
     Linear: truncated normal, std 0.02 at the published width of 1024, scaled with 1/sqrt(width) so that narrow networks pass signals
     equally well. Convolution: He normal, fan-out. Biases zero. Cross-attention output projections zero (MotionBlock). The last
     convolution of a PlaneDecoder starts small: std 0.015 at 128 channels in, scaled likewise.
+
+    Motion tokens start as large as the tokens that look at them (He normal, fan-in). By the rule for linear layers, which the published
+    code follows here too, they would be 0.02 to 0.05: too small to be told from the biases, which then learn in their place.
     """
     linear_std = 0.02 * math.sqrt(PUBLISHED_WIDTH / token_width)
     for module in root.modules():
@@ -219,5 +223,9 @@ def initialize(root: nn.Module, token_width: int, generator: torch.Generator | N
     for module in root.modules():
         if isinstance(module, MotionBlock):
             nn.init.zeros_(module.cross_attention.output.weight)
+        elif isinstance(module, MotionTokens):
+            for linear in (module.first, module.second):
+                nn.init.kaiming_normal_(linear.weight, a=MotionTokens.SLOPE, generator=generator)
+            nn.init.kaiming_normal_(module.tokens.weight, nonlinearity="linear", generator=generator)
         elif isinstance(module, PlaneDecoder):
             nn.init.normal_(module.out.weight, std=0.015 * math.sqrt(128 / module.out.in_channels), generator=generator)

@@ -30,6 +30,8 @@ class MotionTokens(nn.Module):
     Nothing is assumed about the vector except its length; it is not normalised here.
     """
 
+    SLOPE = 0.01  # of the leaky ReLU
+
     def __init__(self, motion_dim: int, hidden: int, count: int, width: int):
         super().__init__()
         self.motion_dim, self.count = motion_dim, count
@@ -39,5 +41,5 @@ class MotionTokens(nn.Module):
 
     def forward(self, motion: Tensor) -> Tensor:
         assert motion.shape[1] == self.motion_dim, f"motion has {motion.shape[1]} numbers, this network reads {self.motion_dim}"
-        hidden = F.leaky_relu(self.second(F.leaky_relu(self.first(motion), 0.01)), 0.01)
+        hidden = F.leaky_relu(self.second(F.leaky_relu(self.first(motion), self.SLOPE)), self.SLOPE)
         return self.tokens(hidden).unflatten(1, (self.count, -1))
