@@ -42,6 +42,7 @@ class Place(NamedTuple):
     offset: int
     size: int  # bytes
     checksum: int  # CRC-32
+    number: int  # counts the members of its family, over all shards
 
 
 class FrameEntry(NamedTuple):
@@ -302,10 +303,12 @@ class _Table:
 
     def members(self, row: int) -> Iterator[tuple[str, Place]]:
         """Name and place of each member of a sample."""
-        tar, offset, first = shard_name(self._family, self.position(row)[0]), self._byte.item(row), self._first_member.item(row)
-        for number, name in enumerate(self.names[self._layout.item(row)], first):
-            size = self._size.item(number)
-            yield name, Place(tar, offset + BLOCK, size, self._checksum.item(number))
+        tar, offset, names = shard_name(self._family, self.position(row)[0]), self._byte.item(row), self.names[self._layout.item(row)]
+        first = self._first_member.item(row)
+        last = first + len(names)
+        sizes, checksums = self._size[first:last].tolist(), self._checksum[first:last].tolist()
+        for number, name, size, checksum in zip(range(first, last), names, sizes, checksums, strict=True):
+            yield name, Place(tar, offset + BLOCK, size, checksum, number)
             offset += BLOCK + _padded(size)
 
 

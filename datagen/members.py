@@ -8,8 +8,10 @@ quantity are stored as integers over its range, which dataset.json states.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from head3d.run.errors import DataError
 
 Family = Literal["frames", "labels", "identities"]
 FAMILIES: tuple[Family, ...] = ("frames", "labels", "identities")
+_NPY_PREFIX = 10  # bytes of an .npy file before its header: magic, version, and the header's length in two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +122,12 @@ def quantise(values: np.ndarray, member: Member, scales: Scales) -> np.ndarray:
 
 
 def dequantise(stored: np.ndarray, member: Member, scales: Scales) -> np.ndarray:
-    """Inverse of `quantise`: float32 where the numbers stand for a quantity, as stored for pictures and part numbers."""
+    """Inverse of `quantise`, a new array: float32 where the numbers stand for a quantity, as stored for pictures and part numbers."""
     if member.scale != "none":
         low, high, first, last = _range(member, scales)
         step = (high - low) / (last - first)
         return stored.astype(np.float32) * np.float32(step) + np.float32(low - first * step)
-    return stored.astype(np.float32) if stored.dtype.kind == "f" else stored
+    return stored.astype(np.float32 if stored.dtype.kind == "f" else stored.dtype)
 
 
 def _range(member: Member, scales: Scales) -> tuple[float, float, int, int]:
@@ -168,12 +171,18 @@ def json_bytes(value: Any) -> bytes:
 
 
 def decode(data: bytes | memoryview, extension: str) -> Any:
-    """Bytes of one member to pixels uint8 [H, W, 3], an array as stored, or a JSON value. Raises ValueError if they are damaged."""
+    """Bytes of one member to pixels uint8 [H, W, 3], an array as stored, or a JSON value. Raises ValueError if they are damaged.
+
+    An array is a view of the bytes: nothing is copied, so what is not looked at is not read, and nothing can be written to it.
+    """
     suffix = extension.rpartition(".")[2]
     try:
         match suffix:
             case "npy":
-                return np.load(io.BytesIO(data), allow_pickle=False)
+                begin = _NPY_PREFIX + int.from_bytes(data[_NPY_PREFIX - 2 : _NPY_PREFIX], "little")
+                shape, column_major, dtype = _npy_header(bytes(data[:begin]))
+                values = np.frombuffer(data, dtype, math.prod(shape), begin)
+                return values.reshape(shape, order="F" if column_major else "C")
             case "jpg":
                 return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
             case "png":
@@ -184,6 +193,15 @@ def decode(data: bytes | memoryview, extension: str) -> Any:
     except (OSError, EOFError, SyntaxError) as error:  # what pillow and numpy raise for some sorts of damage
         raise ValueError(str(error)) from error
     raise ValueError(f"no decoder for members that end in .{suffix}")
+
+
+@functools.lru_cache(maxsize=256)  # shapes of one data set are few, and parsing takes longer than all else
+def _npy_header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether column-major, and type by the first bytes of an .npy file, as numpy's `save` writes arrays of numbers."""
+    stream = io.BytesIO(start)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("expected an .npy file of version 1.0")
+    return np.lib.format.read_array_header_1_0(stream)
 
 
 def _npy(array: np.ndarray) -> bytes:

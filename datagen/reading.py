@@ -21,9 +21,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datagen.cache import Copy, FetchAhead, ShardCache, Tar
 from datagen.exclusion import Exclusion
-from datagen.index import INDEX, FrameEntry, Frames, Index, build_index
+from datagen.index import INDEX, FrameEntry, Frames, Index, Place, build_index
 from datagen.members import FAMILIES, Family, Scales, decode, dequantise, read_member_entries
 from datagen.shards import check_schema, read_sidecar, remedy, sidecar_name
 from datagen.storage import LocalFolder, Storage, open_storage
@@ -46,6 +48,7 @@ class ShardDataset:
         self.members = read_member_entries(manifest["members"], storage.where("dataset.json"))
         self._image_format = manifest["settings"]["shards"]["image_format"]
         self.tars = {name: Tar(name, *facts) for name, facts in index.tars().items()}
+        self._member_counts = {family: len(index.columns[f"{family}/size"]) for family in FAMILIES}
         self.cache: ShardCache | None = None  # what it is read through
         self.excluded = Exclusion.from_manifest(manifest, storage.where("dataset.json"))
         self.frames: Sequence[FrameEntry] = Frames(index, self.excluded)
@@ -74,7 +77,8 @@ class ShardDataset:
 
         Pictures are uint8 [H, W, 3], 'parts' uint8, 'json' a dict, everything else float32 in scene units or [0, 1]; with
         dequantised=False arrays come as stored. Of arrays with a row for each view, `view` takes one, which is then the only one that is
-        converted. Raises DataError naming file, key and member if one is missing or damaged.
+        converted. A member's checksum is computed when it is first read, and whenever it comes by a request; otherwise only what is
+        converted is looked at. Raises DataError naming file, key and member if one is missing or damaged.
         """
         each = map if self.cache is not None else self.storage.each  # requests travel side by side
         return dict(zip(members, each(lambda name: self._read_member(entry, name, dequantised, view), members), strict=True))
@@ -85,31 +89,45 @@ class ShardDataset:
                 f"{self.storage.where()}: frame {entry.key} has no member {name!r}; it has {', '.join(sorted(entry.members))}. "
                 "Generate the data with that label (--render.labels, --labels_share 1), or do without"
             )
-        tar, offset, size, checksum = entry.members[name]
-        path = self.storage.where(tar)
-        data = self._bytes_of(tar, offset, size)
-        where = f"{path}: key {entry.key}, member {name!r} at byte {offset}"
-        if self.cache is not None and self.checksums and zlib.crc32(data) != checksum:  # its copy was damaged since it arrived
-            self._forget(tar)
-            data = self._bytes_of(tar, offset, size)
-        if self.checksums and zlib.crc32(data) != checksum:
-            raise DataError(f"{where}: the checksum does not match, so bytes have changed; {remedy(path)}")
+        place = entry.members[name]
+        data = self._bytes_of(place)
+        if self.checksums and not self._is_whole(place, data):
+            if self.cache is not None:  # its copy was damaged since it arrived
+                self._forget(place.tar)
+                data = self._bytes_of(place)
+            if self.cache is None or not self._is_whole(place, data):
+                raise self._damage(entry, name, "the checksum does not match, so bytes have changed")
         member = self.members["rgb.{view}" if name.startswith("rgb.") else name]
         try:
             value = decode(data, member.extension(self._image_format))
         except ValueError as error:
-            raise DataError(f"{where}: could not be decoded ({error}); {remedy(path)}") from error
+            raise self._damage(entry, name, f"could not be decoded ({error})") from error
+        if member.kind != "array":
+            return value
         if view is not None and member.shape[:1] == ("V",):
             value = value[view]
-        return dequantise(value, member, self.scales) if dequantised and member.kind == "array" else value
+        return dequantise(value, member, self.scales) if dequantised else value.copy()  # not a view of the file
 
-    def _bytes_of(self, tar: str, offset: int, size: int) -> bytes | memoryview:
+    def _is_whole(self, place: Place, data: bytes | memoryview) -> bool:
+        """Whether the checksum is right, or was when the member was first read from a file."""
+        checked, from_file = self._checked[place.tar.partition("/")[0]], isinstance(data, memoryview)
+        if not (from_file and checked[place.number]):
+            checked[place.number] = zlib.crc32(data) == place.checksum
+        return bool(checked[place.number])
+
+    def _damage(self, entry: FrameEntry, name: str, what: str) -> DataError:
+        place = entry.members[name]
+        path = self.storage.where(place.tar)
+        return DataError(f"{path}: key {entry.key}, member {name!r} at byte {place.offset}: {what}; {remedy(path)}")
+
+    def _bytes_of(self, place: Place) -> bytes | memoryview:
+        end = place.offset + place.size
         if self.cache is not None or isinstance(self.storage, LocalFolder):
-            return memoryview(self._map(self.tars[tar]))[offset : offset + size]
+            return memoryview(self._map(self.tars[place.tar]))[place.offset : end]
         try:
-            return self.storage.read(tar, offset, offset + size)
+            return self.storage.read(place.tar, place.offset, end)
         except FileNotFoundError as error:
-            path = self.storage.where(tar)
+            path = self.storage.where(place.tar)
             raise DataError(f"{path}: could not be opened ({error}); {remedy(path)}") from error
 
     def _map(self, tar: Tar) -> mmap.mmap:
@@ -149,12 +167,13 @@ class ShardDataset:
             self.cache.drop(self.tars[tar])
 
     def _forget_maps(self) -> None:
+        self._checked = {family: np.zeros(count, bool) for family, count in self._member_counts.items()}  # members that were whole
         self._maps: collections.OrderedDict[str, mmap.mmap] = collections.OrderedDict()
         self._told: dict[str, float] = {}  # when the cache was told that a tar is in use
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_maps", "_told", "_lock")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_maps", "_checked", "_told", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -197,7 +216,7 @@ def fetch_ahead(
 def open_dataset(place: Storage | Path | str, checksums: bool = True) -> ShardDataset:
     """Open the data set in a folder or at a URL through its index, or through the sidecars where that is missing or old.
 
-    checksums: check each member's CRC-32 when it is read (under a tenth of decoding a picture). Raises DataError if there is no data
+    checksums: check each member's CRC-32 when it is first read (see `ShardDataset.read`). Raises DataError if there is no data
     set or one from another schema.
     """
     storage = open_storage(place)

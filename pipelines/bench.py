@@ -38,7 +38,7 @@ from head3d.run.seeding import torch_generator
 from head3d.triplane import sample_planes
 from reconstructor import speed
 from reconstructor.model import ReconstructorConfig
-from reconstructor.reading_speed import BATCH, ReadingTime, measure_reading
+from reconstructor.reading_speed import BATCH, THREADS, TINY, ReadingTime, measure_reading
 from reconstructor.settings import ReconstructorRun
 
 POINTS = 64 * 64 * 48  # of one picture at 64 x 64 rays: 196,608
@@ -93,7 +93,7 @@ def main(config: BenchRun) -> None:
     if config.training:
         training_rows = speed.measure_training(ReconstructorRun(), load_head_model(config.head_model), config.training)
         print_training(training_rows)
-    reading_rows = [measure_reading(GenHeadConfig(), config.reading)] if config.reading else []
+    reading_rows = [measure_reading(sizes, config.reading) for sizes in (GenHeadConfig(), TINY)] if config.reading else []
     print_reading(reading_rows, training_rows)
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -150,16 +150,19 @@ def print_training(rows: list[speed.TrainingTime]) -> None:
 
 
 def print_reading(rows: list[ReadingTime], training: list[speed.TrainingTime]) -> None:
-    """Reading training samples, beside what it cannot be faster than, and what training waits for it where its step was timed too."""
+    """Reading training samples, beside what it cannot be faster than; for the published sizes what training waits for it, if its step
+    was timed too."""
     for row in rows:
-        print(f"\n{f'reading, 512 x 512, all labels, {row.megabytes:.1f} MB a sample':58} {'s':>8}")
-        print(f"{'decode its bytes from memory':58} {row.memory_s:8.4f}")
-        print(f"{'read them from shards':58} {row.read_s:8.4f}  {row.memory_s / row.read_s:.0%} of the speed")
-        print(f"{'a training sample: source and target':58} {row.sample_s:8.4f}")
-        print(f"{f'wait for a batch of {BATCH}, computing for a second before':58} {row.wait_s:8.4f}")
-        for step in training[:1]:
+        title = f"reading, {row.side} x {row.side}, all labels, {row.megabytes:.1f} MB a sample, {THREADS} threads"
+        print(f"\n{title:66} {'s':>8} {'of the speed':>13}")
+        print(f"{'decode its members from memory':66} {row.memory_s:8.5f}")
+        print(f"{'read them from shards for the first time, with checksums':66} {row.first_s:8.5f} {row.first_share:13.0%}")
+        print(f"{'read them again':66} {row.read_s:8.5f} {row.read_share:13.0%}")
+        print(f"{'in a batch, as the network takes them':66} {row.batch_s:8.5f} {row.batch_share:13.0%}")
+        print(f"{f'wait for a batch of {BATCH}, computing for a second before':66} {row.wait_s:8.5f}")
+        for step in training[:1] if row.side == ReconstructorConfig().architecture.image_resolution else []:
             seconds = BATCH * (step.forward_s + step.backward_s) + step.update_s
-            print(f"{f'its share of a training step of {seconds:.0f} s':58} {row.wait_s / (seconds + row.wait_s):8.2%}")
+            print(f"{f'its share of a training step of {seconds:.0f} s':66} {row.wait_s / (seconds + row.wait_s):8.2%}")
 
 
 def measure(config: BenchRun) -> list[Row]:

@@ -16,6 +16,8 @@ import collections
 import dataclasses
 import itertools
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
@@ -80,58 +82,100 @@ class Batch:
         return Batch(**{name: None if value is None else function(value) for name, value in values.items()})
 
 
-def as_picture(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]."""
-    picture = np.divide(pixels.transpose(2, 0, 1), np.float32(127.5), dtype=np.float32, order="C")
+def as_picture(pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]; written to `out` if that is given."""
+    picture = np.divide(pixels.transpose(2, 0, 1), np.float32(127.5), out=out, dtype=np.float32, order="C")
     picture -= 1
     return picture
 
 
-def read_item(dataset: FrameSource, item: Item, members: Iterable[str], driver_image: bool = False) -> dict[str, np.ndarray]:
-    """Read and decode one sample; only the members named (see `losses.TERM_MEMBERS`) and what every sample needs.
+class Blocks:
+    """Memory of batches that nobody holds any more, for later ones: getting fresh memory from the system takes as long as decoding."""
 
-    Returns arrays by the field names of `Batch`. Raises DataError (from the reader) if a member is missing or damaged.
+    def __init__(self) -> None:
+        self._free: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = collections.defaultdict(list)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array with any content. Its memory comes back when the array and every tensor made of it are gone."""
+        free = self._free[shape, dtype]
+        block = free.pop() if free else np.empty(shape, dtype)
+        array = block.view()
+        weakref.finalize(array, free.append, block).atexit = False
+        return array
+
+
+class Rows:
+    """A batch that threads fill, each the rows of its own samples; its arrays are made when the first sample says of what form."""
+
+    def __init__(self, count: int, blocks: Blocks) -> None:
+        self._count, self._blocks, self._arrays, self._lock = count, blocks, {}, threading.Lock()
+
+    def row(self, number: int, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Where sample `number` writes the field `name` of `Batch`. Samples must hold the same fields in the same form."""
+        with self._lock:
+            if name not in self._arrays:
+                self._arrays[name] = self._blocks.empty((self._count, *shape), dtype)
+        array = self._arrays[name]
+        assert array.shape[1:] == shape, f"{name} is {array.shape[1:]} in one sample of a batch and {shape} in another"
+        return array[number, ...]
+
+    def batch(self) -> Batch:
+        return Batch(**{name: torch.from_numpy(array) for name, array in self._arrays.items()})
+
+
+def read_item(dataset: FrameSource, item: Item, members: Iterable[str], rows: Rows, number: int, driver_image: bool = False) -> None:
+    """Read and decode one sample into row `number`; only the members named (see `losses.TERM_MEMBERS`) and what every sample needs.
+
+    Raises DataError (from the reader) if a member is missing or damaged.
     """
     source, target, members = dataset.frames[item.source], dataset.frames[item.target], set(members)
     picture, seen, driver = f"rgb.{item.target_view}", f"rgb.{item.source_view}", f"rgb.{item.driver_view}"
     data = dataset.read(target, sorted({picture, "label", *members} | ({driver} if driver_image else set())), view=item.target_view)
     other = dataset.read(source, [seen, "label"], view=item.source_view)
-    vectors = [flame_motion_vector(unpack_label(torch.from_numpy(np.array(one["label"]))[None]).motion)[0].numpy() for one in (other, data)]
-    assert vectors[0].shape == (MOTION_VECTOR_SIZE,)
-    sample = {
-        "source_image": as_picture(other[seen]),
-        "source_motion": vectors[0],
-        "driving_motion": vectors[1],
-        "motion_scale": np.float32(item.motion_scale),
-        "label": data["label"],
-        "identity": np.int64(target.identity),
-        "image": as_picture(data[picture]),
-    }
+
+    def put(name: str, value: np.ndarray) -> None:
+        rows.row(number, name, value.shape, value.dtype)[...] = value
+
+    def put_picture(name: str, pixels: np.ndarray) -> None:
+        height, width, channels = pixels.shape
+        as_picture(pixels, rows.row(number, name, (channels, height, width), np.dtype(np.float32)))
+
+    put_picture("source_image", other[seen])
+    put_picture("image", data[picture])
+    for name, one in (("source_motion", other), ("driving_motion", data)):
+        vector = flame_motion_vector(unpack_label(torch.from_numpy(np.array(one["label"]))[None]).motion)[0].numpy()
+        assert vector.shape == (MOTION_VECTOR_SIZE,)
+        put(name, vector)
+    put("motion_scale", np.float32(item.motion_scale))
+    put("label", data["label"])
+    put("identity", np.int64(target.identity))
     if driver_image:
-        sample["driver_image"] = as_picture(data[driver])
-    if "opacity" in members:
-        sample["opacity"] = data["opacity"][None]
-    if "depth" in members:
-        sample["depth"] = data["depth"][None]
+        put_picture("driver_image", data[driver])
     if "background" in members:
-        sample["background"] = as_picture(data["background"])
-    if "identity.background" in members:
-        sample["background_features"] = data["identity.background"] * 2 - 1
+        put_picture("background", data["background"])
+    for name in members & {"opacity", "depth"}:
+        put(name, data[name][None])
     for name in members & {"foreground", "points", "point_features"}:
-        sample[name] = data[name]
-    return sample
+        put(name, data[name])
+    if "identity.background" in members:
+        put("background_features", data["identity.background"] * 2 - 1)
 
 
-def collate(samples: Sequence[dict[str, np.ndarray]]) -> Batch:
-    """Stack samples that hold the same fields."""
-    return Batch(**{name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]})
+class _Place(NamedTuple):
+    """A sample that is to be read."""
+
+    order: ItemOrder
+    position: int
+    members: frozenset[str]
+    rows: Rows
+    number: int  # its row
 
 
-class _Read(NamedTuple):
-    """A sample, and what was wrong with those in whose place it was drawn."""
+class _Ahead(NamedTuple):
+    """A batch that is being read."""
 
-    sample: dict[str, np.ndarray]
-    damages: list[str]
+    rows: Rows
+    samples: list[Future[list[str]]]  # each done when its row is; the result of `_read`
 
 
 class BatchStream:
@@ -166,8 +210,8 @@ class BatchStream:
         self._told: set[str] = set()
         self._dataset, self._config, self._members = dataset, config, members
         self._rank, self._world_size, self._driver_image = rank, world_size, driver_image
-        self._ahead = samples_seen
-        self._pending: collections.deque[list[Future[_Read]]] = collections.deque()
+        self._ahead, self._blocks = samples_seen, Blocks()
+        self._pending: collections.deque[_Ahead] = collections.deque()
         shards = self._order(samples_seen)[0].part_count * config.shuffle_window  # a window of each part
         self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="decode") if config.threads else None
         self._fetcher = dataset.fetch_ahead(self._wanted(), shards=shards)
@@ -177,17 +221,20 @@ class BatchStream:
 
     def __next__(self) -> Batch:
         if self._threads is None:
-            found = [self._read(*place) for place in self._plan()]
+            rows, places = self._plan()
+            damages = [self._read(place) for place in places]
         else:
             while len(self._pending) < self._config.prefetch:
-                self._pending.append([self._threads.submit(self._read, *place) for place in self._plan()])
-            found = [future.result() for future in self._pending.popleft()]
+                rows, places = self._plan()
+                self._pending.append(_Ahead(rows, [self._threads.submit(self._read, place) for place in places]))
+            rows, samples = self._pending.popleft()
+            damages = [sample.result() for sample in samples]
         self.samples_seen += self._config.size
         if self._fetcher is not None:
             self._fetcher.passed(self.samples_seen)
-        for read in found:
-            self._tell(read.damages)
-        return collate([read.sample for read in found])
+        for found in damages:
+            self._tell(found)
+        return rows.batch()
 
     def _tell(self, damages: list[str]) -> None:
         self.replaced += bool(damages)
@@ -196,11 +243,13 @@ class BatchStream:
                 self._told.add(damage)
                 tqdm.write(f"another sample is taken in the place of a damaged one (batches.damaged replace): {damage}", file=sys.stderr)
 
-    def _plan(self) -> list[tuple[ItemOrder, int, frozenset[str]]]:
+    def _plan(self) -> tuple[Rows, list[_Place]]:
+        """The next batch, empty, and what goes into it."""
         order, members = self._order(self._ahead)
         positions = order.batch(self._ahead, self._rank, self._world_size)
         self._ahead += self._config.size
-        return [(order, position, members) for position in positions]
+        rows = Rows(len(positions), self._blocks)
+        return rows, [_Place(order, position, members, rows, number) for number, position in enumerate(positions)]
 
     def _order(self, samples_seen: int) -> tuple[ItemOrder, frozenset[str]]:
         """The order of the batch that starts there, and the label members that are read in it."""
@@ -217,11 +266,14 @@ class BatchStream:
             for position in range(seen, seen + self._config.size):
                 yield position, self._dataset.frames[order.target(position)[0]], members | {"rgb.0", "label"}
 
-    def _read(self, order: ItemOrder, position: int, members: frozenset[str]) -> _Read:
+    def _read(self, place: _Place) -> list[str]:
+        """Fill a row. Returns what was wrong with the samples in whose place this one was drawn."""
+        order, position, members, rows, number = place
         damages: list[str] = []
         while True:
             try:
-                return _Read(read_item(self._dataset, order.item(position, len(damages)), members, self._driver_image), damages)
+                read_item(self._dataset, order.item(position, len(damages)), members, rows, number, self._driver_image)
+                return damages
             except DataError as error:
                 if self._config.damaged == "stop":
                     raise

@@ -5,62 +5,104 @@ What the pictures and maps show does not change the time; a picture has as many 
 
 from __future__ import annotations
 
+import collections
+import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from datagen.index import FrameEntry
 from datagen.members import FAMILIES, Member, Scales, ShardConfig, decode, dequantise, encode_sample
 from datagen.plan import GeneratorFacts, Plan, manifest_text, versions
 from datagen.reading import ShardDataset, open_dataset, write_index
 from datagen.recipes import RecipeConfig, draw_identity
 from datagen.render import RenderConfig, dataset_scales
 from datagen.shards import sample_key, write_shard
+from genhead.background import BackgroundConfig
 from genhead.generator import GenHeadConfig
+from head3d.networks.superresolution import SuperResolutionConfig
 from head3d.run.config import to_dict
 from head3d.run.seeding import numpy_generator
-from reconstructor.batches import BatchStream, read_item
+from reconstructor.batches import BatchStream
 from reconstructor.losses import LossConfig, members_needed
-from reconstructor.order import BatchConfig, ItemOrder
+from reconstructor.order import BatchConfig, Item, ItemOrder
 
 BATCH = 4  # samples that a process reads at a time: the published micro-batch
+THREADS = BatchConfig().threads
+ROUNDS = 7  # of which the median counts
+TINY = GenHeadConfig(  # pictures and maps as large as those of configs/genhead_tiny.yaml
+    plane_channels=16, feature_channels=16, image_resolution=64,
+    background=BackgroundConfig(channels=16), superresolution=SuperResolutionConfig(input_resolution=64, feature_channels=16, channels=()),
+)  # fmt: skip
 _GRAIN = 12.0  # standard deviation of the colours of a made-up picture at a quarter of its side: some 85 kB at 512 x 512
 
 
 class ReadingTime(NamedTuple):
-    """Seconds of one sample with all labels, one thread, from pages that the system holds."""
+    """Seconds of one training sample with all labels by THREADS threads, from pages that the system holds.
 
+    A sample is a target's picture, label and label members, and its source's picture and label; of arrays with a row for each view one
+    is converted. Each is the median of ROUNDS, in which all take turns; shares are medians over rounds of memory_s through the other.
+    """
+
+    side: int  # of the pictures, px
     megabytes: float  # as stored, of the members that are read
-    memory_s: float  # decode them from bytes in memory, and convert them to the units of training
-    read_s: float  # the same by the reader: find, map, check, decode, and convert the view that is wanted
-    sample_s: float  # a training sample: the same, the source's picture and label, pictures as floats
+    memory_s: float  # decode them from bytes in memory and convert them to the units of training, by the reader's own functions
+    first_s: float  # the same by the reader for the first time: find, map, compute checksums, decode, convert
+    read_s: float  # the same by the reader again, when checksums are known to be right
+    batch_s: float  # the same by a `BatchStream` again: order, pictures as floats, gathered in batches of BATCH
+    first_share: float
+    read_share: float
+    batch_share: float
     wait_s: float  # a batch of BATCH, for a training loop that computes for a second between two of them
 
 
 def measure_reading(generator: GenHeadConfig, samples: int, step_s: float = 1.0) -> ReadingTime:
-    """Write a small set for pictures and maps of a generator's sizes, and read `samples` training samples of it."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Write a small set for pictures and maps of a generator's sizes, and read `samples` training samples of it, whole batches."""
+    samples = max(samples // BATCH, 2) * BATCH
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(THREADS) as threads:
         dataset = write_made_up(Path(folder), generator)
-        members = members_needed(LossConfig(), 0)
-        order = ItemOrder(dataset.frames, BatchConfig(size=2), seed=0)
-        items = [order.item(position) for position in range(samples)]
-        wanted = [(dataset.frames[item.target], sorted(members | {"label", f"rgb.{item.target_view}"})) for item in items]
-        stored = [[_stored(dataset, entry.members[name], name) for name in names] for entry, names in wanted]
+        members, config = members_needed(LossConfig(), 0), BatchConfig(size=BATCH, threads=THREADS)
+        order = ItemOrder(dataset.frames, config, seed=0, members=members)
+        wanted = [_wanted(dataset, order.item(position), members) for position in range(samples)]
+        stored = [[(_stored(dataset, frame, names), view) for frame, names, view in sample] for sample in wanted]
 
-        def from_memory(index: int) -> list[Any]:
-            return [_value(data, member, extension, dataset.scales) for data, member, extension in stored[index]]
+        def from_memory(index: int) -> None:
+            for sample, view in stored[index]:
+                for data, member, extension in sample:
+                    _value(data, member, extension, dataset.scales, view)
 
-        memory_s = _median(from_memory, samples)
-        read_s = _median(lambda index: dataset.read(*wanted[index], view=items[index].target_view), samples)
-        sample_s = _median(lambda index: read_item(dataset, items[index], members), samples)
-        waits = _waits(dataset, members, samples, step_s)
-    megabytes = sum(len(data) for sample in stored for data, _, _ in sample) / samples / 1e6
-    return ReadingTime(megabytes, memory_s, read_s, sample_s, statistics.median(waits))
+        def read(source: ShardDataset, index: int) -> None:
+            for frame, names, view in wanted[index]:
+                source.read(frame, names, view=view)
+
+        def seconds(work: Callable[[int], None]) -> float:
+            begun = time.perf_counter()
+            collections.deque(threads.map(work, range(samples)), maxlen=0)
+            return (time.perf_counter() - begun) / samples
+
+        rounds = []
+        for _ in range(ROUNDS):
+            fresh = dataset.through(None)
+            kinds = (from_memory, functools.partial(read, fresh), functools.partial(read, fresh))
+            rounds.append((*map(seconds, kinds), _batch_seconds(fresh, config, members, samples)))
+        waits = _waits(dataset, config, members, samples, step_s)
+    megabytes = sum(len(data) for sample in stored for found, _ in sample for data, _, _ in found) / samples / 1e6
+    times = [statistics.median(column) for column in zip(*rounds, strict=True)]
+    shares = [statistics.median(one[0] / one[k] for one in rounds) for k in (1, 2, 3)]
+    return ReadingTime(generator.image_resolution, megabytes, *times, *shares, statistics.median(waits))
+
+
+def _wanted(dataset: ShardDataset, item: Item, members: frozenset[str]) -> list[tuple[FrameEntry, list[str], int]]:
+    """What `read_item` reads: frame, names and view of target and source."""
+    target = (dataset.frames[item.target], sorted(members | {"label", f"rgb.{item.target_view}"}), item.target_view)
+    return [target, (dataset.frames[item.source], [f"rgb.{item.source_view}", "label"], item.source_view)]
 
 
 def write_made_up(folder: Path, generator: GenHeadConfig, identities: int = 6) -> ShardDataset:
@@ -119,33 +161,40 @@ def _picture(side: int, rng: np.random.Generator) -> np.ndarray:
     return smooth[0].permute(1, 2, 0).clamp(0, 255).byte().numpy()
 
 
-def _stored(dataset: ShardDataset, place: Any, name: str) -> tuple[bytes, Member, str]:
-    """The bytes of a member, in memory, and what decoding needs."""
-    member = dataset.members["rgb.{view}" if name.startswith("rgb.") else name]
-    return dataset.storage.read(place.tar, place.offset, place.offset + place.size), member, member.extension("jpg")
+def _stored(dataset: ShardDataset, frame: FrameEntry, names: Sequence[str]) -> list[tuple[memoryview, Member, str]]:
+    """The bytes of members, in memory, and what decoding needs."""
+    found = []
+    for name in names:
+        member, place = dataset.members["rgb.{view}" if name.startswith("rgb.") else name], frame.members[name]
+        data = memoryview(dataset.storage.read(place.tar, place.offset, place.offset + place.size))
+        found.append((data, member, member.extension("jpg")))
+    return found
 
 
-def _value(data: bytes, member: Member, extension: str, scales: Scales) -> Any:
+def _value(data: memoryview, member: Member, extension: str, scales: Scales, view: int) -> Any:
+    """What `ShardDataset.read` gives for a member."""
     value = decode(data, extension)
-    return dequantise(value, member, scales) if member.kind == "array" else value
+    if member.kind != "array":
+        return value
+    return dequantise(value[view] if member.shape[:1] == ("V",) else value, member, scales)
 
 
-def _median(work: Callable[[int], object], count: int) -> float:
-    """Of the seconds of `work(0)`, `work(1)`, ..., each done once before."""
-    seconds = []
-    for index in range(count):
-        work(index)
+def _batch_seconds(dataset: ShardDataset, config: BatchConfig, members: frozenset[str], samples: int) -> float:
+    """Of one sample, when batches are asked for as fast as they come."""
+    with BatchStream(dataset, config, 0, lambda seen: members) as batches:
+        for _ in range(config.prefetch + 1):  # until memory is used again
+            next(batches)
         begun = time.perf_counter()
-        work(index)
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
+        for _ in range(samples // config.size):
+            next(batches)
+        return (time.perf_counter() - begun) / samples
 
 
-def _waits(dataset: ShardDataset, members: frozenset[str], samples: int, step_s: float) -> list[float]:
+def _waits(dataset: ShardDataset, config: BatchConfig, members: frozenset[str], samples: int, step_s: float) -> list[float]:
     """Seconds that a loop which computes for `step_s` a batch waits for each batch but the first."""
     factor, waits = torch.rand(256, 256), []
-    with BatchStream(dataset, BatchConfig(size=BATCH), 0, lambda seen: members) as batches:
-        for _ in range(max(samples // BATCH, 2)):
+    with BatchStream(dataset, config, 0, lambda seen: members) as batches:
+        for _ in range(min(samples // BATCH, 8)):
             begun = time.perf_counter()
             next(batches)
             waits.append(time.perf_counter() - begun)

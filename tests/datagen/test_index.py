@@ -55,16 +55,16 @@ def test_places_are_counted_from_sizes_and_families_are_joined(sidecars):
     ]
     # frame 0 takes 512 + 1024 and 512 + 512 bytes, so frame 1 begins at 2560; a depth map takes 512 + 1024
     assert dict(frames[1].members) == {
-        "rgb.0": Place("frames/000000.tar", 2560 + 512, 1000, 7),
-        "rgb.1": Place("frames/000000.tar", 2560 + 512 + 1024 + 512, 512, 8),
-        "depth": Place("labels/000000.tar", 1536 + 512, 513, 9),
-        "identity.background": Place("identities/000000.tar", 512, 10, 0),
+        "rgb.0": Place("frames/000000.tar", 2560 + 512, 1000, 7, 2),
+        "rgb.1": Place("frames/000000.tar", 2560 + 512 + 1024 + 512, 512, 8, 3),
+        "depth": Place("labels/000000.tar", 1536 + 512, 513, 9, 1),
+        "identity.background": Place("identities/000000.tar", 512, 10, 0, 0),
     }
-    assert frames[2].members["rgb.0"] == Place("frames/000000.tar", 2 * 2560 + 512, 1, 2**32 - 1)
+    assert frames[2].members["rgb.0"] == Place("frames/000000.tar", 2 * 2560 + 512, 1, 2**32 - 1, 4)
     assert frames[2].members["identity.background"].offset == 1024 + 512
     assert dict(frames[3].members) == {
-        "json": Place("frames/000003.tar", 512, 3, 4),
-        "identity.background": Place("identities/000003.tar", 512, 30, 3),
+        "json": Place("frames/000003.tar", 512, 3, 4, 5),
+        "identity.background": Place("identities/000003.tar", 512, 30, 3, 2),
     }
     assert index.tars()["labels/000000.tar"] == (3 * 1536 + 1024, "ab" * 32) and len(index.tars()) == 5
 

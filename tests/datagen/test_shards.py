@@ -6,6 +6,7 @@ import pickle
 import shutil
 import tarfile
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -257,7 +258,7 @@ def test_a_truncated_tar_is_named_with_both_sizes(folder):
 def test_a_flipped_bit_is_found_where_it_is_and_only_there(folder):
     dataset = open_dataset(folder)
     entry = dataset.frames[1]
-    _, offset, size, _ = entry.members["depth"]
+    _, offset, size, _, _ = entry.members["depth"]
 
     def flip(data):
         data[offset + size - 3] ^= 4
@@ -271,6 +272,14 @@ def test_a_flipped_bit_is_found_where_it_is_and_only_there(folder):
     ):
         dataset.read(entry, ["depth"])
     open_dataset(folder, checksums=False).read(entry, ["depth"])  # the user's choice
+
+
+def test_a_checksum_is_computed_once_for_what_is_read_from_files(folder, monkeypatch):
+    computed, crc32 = [], zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda data: computed.append(len(data)) or crc32(data))
+    for one in (dataset := open_dataset(folder), dataset, pickle.loads(pickle.dumps(dataset))):  # the last as another process has it
+        one.read(dataset.frames[1], ["depth", "label"])
+    assert len(computed) == 4
 
 
 def test_an_empty_or_missing_tar_is_named(folder):
@@ -387,3 +396,5 @@ def test_one_view_is_that_row_of_every_member_that_has_one_for_each_view(folder)
     whole, one = dataset.read(dataset.frames[3], names), dataset.read(dataset.frames[3], names, view=1)
     for name in names:
         np.testing.assert_array_equal(one[name], whole[name][1] if name in names[:3] else whole[name])
+    stored = dataset.read(dataset.frames[3], names, dequantised=False)
+    assert all(value.flags.owndata and value.flags.writeable for value in (*stored.values(), *whole.values())), "not a view of the file"

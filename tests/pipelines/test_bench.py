@@ -48,10 +48,12 @@ def test_a_training_step_is_printed_by_its_parts_and_their_sum(capsys):
 
 def test_reading_is_printed_beside_decoding_from_memory_and_with_its_share_of_a_step(capsys):
     step = speed.TrainingTime("early", 64, (), 5.0, 11.5, 1.0, 9000.0)
-    print_reading([ReadingTime(3.25, 0.045, 0.05, 0.08, 0.13)], [step])
+    rows = [ReadingTime(side, 3.25, 0.045, 0.06, 0.05, 0.08, 0.75, 0.91, 0.56, 0.13) for side in (512, 64)]
+    print_reading(rows, [step])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[2][-1] == "0.0450"
-    assert lines[3][-4:] == ["90%", "of", "the", "speed"] and lines[5][-1] == "0.1300"
-    assert lines[6][-1] == "0.19%", "0.13 of 4 x 16.5 + 1 + 0.13 seconds"
+    assert lines[2][-1] == "0.04500" and lines[3][-2:] == ["0.06000", "75%"]
+    assert lines[4][-2:] == ["0.05000", "91%"] and lines[5][-2:] == ["0.08000", "56%"] and lines[6][-1] == "0.13000"
+    assert lines[7][-1] == "0.19%", "0.13 of 4 x 16.5 + 1 + 0.13 seconds"
+    assert len(lines) == 8 + 7, "a step is known of the published sizes alone"
     print_reading([], [step])
     assert capsys.readouterr().out == ""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from head3d.run.errors import ConfigError, DataError
-from reconstructor.batches import BatchStream
+from reconstructor.batches import BatchStream, Blocks
 from reconstructor.order import BatchConfig, ItemOrder
 
 SIDE, RAYS, CHANNELS, POINTS, VIEWS = 8, 4, 5, 6, 3
@@ -90,6 +90,29 @@ def stream(dataset, size=8, members=ALL, seed=3, share=0.5, threads=2, swap=0.0,
 def take(dataset, count, **settings):
     with stream(dataset, **settings) as batches:
         return [next(batches) for _ in range(count)]
+
+
+def test_memory_is_used_again_once_nobody_holds_a_tensor_of_it():
+    blocks = Blocks()
+    array = blocks.empty((4, 3), np.dtype(np.float32))
+    place, tensor = array.ctypes.data, torch.from_numpy(array)
+    tensor[...] = 7
+    del array
+    held = blocks.empty((4, 3), np.dtype(np.float32))
+    assert held.ctypes.data != place and tensor.eq(7).all(), "the tensor is still there"
+    other_form = blocks.empty((3, 4), np.dtype(np.float32))
+    del tensor
+    assert blocks.empty((4, 3), np.dtype(np.float32)).ctypes.data == place != other_form.ctypes.data
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_batch_that_is_kept_does_not_change_while_others_come(threads):
+    with stream(FakeDataset(make_frames()), threads=threads) as batches:
+        kept = [next(batches) for _ in range(3)]
+        before = [one.image.clone() for one in kept]
+        for _ in range(12):
+            next(batches)
+    assert all(torch.equal(one.image, image) for one, image in zip(kept, before, strict=True))
 
 
 def test_every_batch_holds_an_exact_half_of_each_kind_and_the_switch_travels_with_the_sample():
