@@ -161,7 +161,7 @@ class FeatureHead(nn.Module):
 class PlaneDecoder(nn.Module):
     """Merge low-frequency features with image detail into tri-planes (G_T): convolutions, attention at half resolution, convolutions.
 
-    features [B, F, P, P], detail [B, D, P, P] -> planes [B, 3, C, P, P].
+    features [B, F, P, P], detail [B, D, P, P] -> planes [B, 3, C, U P, U P]; the last convolution has U * U sub-pixels (published: 1).
     """
 
     def __init__(
@@ -175,14 +175,16 @@ class PlaneDecoder(nn.Module):
         heads: int,
         ratio: int,
         reduction: int,
+        upscale: int = 1,
     ):
         super().__init__()
+        self.upscale = upscale
         wide, shuffled = 2 * hidden, token_width // 4
         self.merge = _convolutions(feature_width + detail_width, wide, hidden)
         self.patch_embed = PatchEmbed(hidden, token_width)
         self.blocks = nn.ModuleList(TransformerBlock(token_width, heads, ratio, reduction) for _ in range(blocks))
         self.refine = _convolutions(shuffled + feature_width, wide, hidden, hidden)
-        self.out = nn.Conv2d(hidden, 3 * plane_channels, 3, padding=1)
+        self.out = nn.Conv2d(hidden, 3 * plane_channels * upscale**2, 3, padding=1)
 
     def forward(self, features: Tensor, detail: Tensor) -> Tensor:
         tokens, grid = self.patch_embed(self.merge(torch.cat((features, detail), dim=1)))
@@ -190,7 +192,7 @@ class PlaneDecoder(nn.Module):
             tokens = block(tokens, grid)
         shuffled = F.pixel_shuffle(to_map(tokens, grid), 2)
         planes = self.out(self.refine(torch.cat((shuffled, features), dim=1)))
-        return planes.unflatten(1, (3, -1))
+        return F.pixel_shuffle(planes, self.upscale).unflatten(1, (3, -1))
 
 
 def _convolutions(*widths: int) -> nn.Sequential:

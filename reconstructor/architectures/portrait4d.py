@@ -48,6 +48,7 @@ class Portrait4DConfig:
     decoder_heads: PositiveInt = 2  # their attention heads
     decoder_reduction: PositiveInt = 2  # their keys are merged this many times per axis
     plane_channels: PositiveInt = 32  # channels of each of the three planes
+    plane_upscale: PositiveInt = 1  # their side over half the image's; more (not published) where there are as many rays as pixels
     background: BackgroundConfig = BackgroundConfig()  # completes what is behind the head
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class Portrait4DConfig:
     @property
     def plane_resolution(self) -> int:
         """Side of a plane, in pixels."""
-        return self.image_resolution // 2
+        return self.image_resolution // 2 * self.plane_upscale
 
 
 class ImageFeatures(NamedTuple):
@@ -143,6 +144,7 @@ class Portrait4D(nn.Module):
             heads=c.decoder_heads,
             ratio=c.feed_forward_ratio,
             reduction=c.decoder_reduction,
+            upscale=c.plane_upscale,
         )
         self.background = BackgroundNetwork(c.background)
         initialize(self, c.token_width, generator)

@@ -155,6 +155,16 @@ def test_plane_decoder_gives_three_planes_whose_channels_are_consecutive():
     assert torch.equal(planes[:, 1], flat[0][:, 3:6])
 
 
+def test_plane_decoder_may_give_more_pixels_than_its_features_have():
+    decoder = filled(PlaneDecoder(6, 5, 4, 16, plane_channels=3, blocks=1, heads=2, ratio=2, reduction=2, upscale=2))
+    features, detail = torch.randn(1, 6, 16, 16, generator=seeded(1)), torch.randn(1, 5, 16, 16, generator=seeded(2))
+    flat: list[torch.Tensor] = []
+    decoder.out.register_forward_hook(lambda module, inputs, output: flat.append(output))
+    planes = decoder(features, detail)
+    assert planes.shape == (1, 3, 3, 32, 32)
+    assert torch.equal(planes[0, 2, 1, 7::2, 4::2], flat[0][0, 4 * 7 + 2, 3:, 2:])  # odd row, even column: the third sub-pixel
+
+
 def test_block_size_is_the_published_one():
     with torch.device("meta"):
         block = MotionBlock(1024, heads=4, ratio=2)
