@@ -1,4 +1,4 @@
-"""Published GenHead files as plain tensors, without running anything inside them.
+"""Published GenHead and reconstructor files as plain tensors, without running anything inside them.
 
 A published pickle is a dictionary (G_ema, and perhaps G, D, augment_pipe, training_set_kwargs). Its networks are
 `torch_utils.persistence._reconstruct_persistent_obj(meta)`, meta = {type, version, module_src, class_name, state}: the original
@@ -23,20 +23,30 @@ from head3d.run.errors import AssetError
 from head3d.run.pickles import DAMAGE, Inert, Names, plain_names, read_pickle, read_safetensors, read_torch
 
 NETWORK = "G_ema"  # the averaged generator of a published pickle
-REMEDY = "use a published GenHead .pkl as downloaded, or a .pt or .safetensors file with its tensors by name"
+REMEDY = "use a published GenHead or reconstructor .pkl as downloaded, or a .pt or .safetensors file with its tensors by name"
 _NEEDS = "a published network needs only torch's modules and tensors, numpy arrays and torch_utils.persistence's objects"
 _MOST_MODULES = 10_000  # a module may hold itself
 _MOST_REPEATED = 10**7  # elements that all tensors together may have beyond those in the file: some repeat a row by a stride of zero
 _MOST_TENSORS, _LONGEST_NAME = 10_000, 1_000  # of a network, characters
 _TORCH_MODULES = {
     "container": ("Sequential", "ModuleList", "ModuleDict", "ParameterList"),
-    "activation": ("Softplus", "Sigmoid", "Tanh", "ReLU", "LeakyReLU", "Softmax"),
+    "activation": ("Softplus", "Sigmoid", "Tanh", "ReLU", "LeakyReLU", "Softmax", "GELU"),
     "linear": ("Linear", "Identity"),
     "conv": ("Conv2d", "Conv3d", "ConvTranspose2d"),
     "pooling": ("AvgPool2d", "AvgPool3d", "MaxPool2d", "AdaptiveAvgPool2d"),
     "padding": ("ReflectionPad2d", "ReplicationPad2d", "ReplicationPad3d", "ZeroPad2d"),
     "upsampling": ("Upsample",),
+    "pixelshuffle": ("PixelShuffle",),
+    "normalization": ("LayerNorm",),
+    "dropout": ("Dropout",),
 }  # torch.nn.modules.<file>.<class>; each becomes the same container
+# Of the reconstructor's encoder, by module; each becomes the same container
+_ENCODER_MODULES = {
+    "torchvision.models.resnet": ("BasicBlock",),
+    "segmentation_models_pytorch.encoders.resnet": ("ResNetEncoder",),
+    "segmentation_models_pytorch.decoders.deeplabv3.decoder": ("DeepLabV3Decoder", "ASPP", "ASPPConv", "ASPPPooling"),
+    "segmentation_models_pytorch.deeplabv3.decoder": ("DeepLabV3Decoder", "ASPP", "ASPPConv", "ASPPPooling"),
+}
 
 
 class PublishedFile(NamedTuple):
@@ -164,6 +174,7 @@ def _names(path: Path) -> Names:
         plain_names()
         | {("torch", name): name for name in formats}
         | {(f"torch.nn.modules.{file}", name): _Module for file, names in _TORCH_MODULES.items() for name in names}
+        | {(module, name): _Module for module, names in _ENCODER_MODULES.items() for name in names}
         | {
             ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_module,
             ("dnnlib.util", "EasyDict"): _Settings,

@@ -39,7 +39,7 @@ COMMANDS = {
     "ablation": Command("pipelines.ablation", "train variants of the reconstructor, measure all in the same way, print the table"),
     "drive": Command("pipelines.drive", "animate one picture with a sequence of motions"),
     "report": Command("pipelines.report", "gather a run's pictures, curves and numbers into one page"),
-    "import-published": Command("pipelines.import_published", "turn a published GenHead checkpoint into an export, running nothing in it"),
+    "import-published": Command("pipelines.import_published", "turn a published checkpoint into an export, running nothing in it"),
     "parity": Command("pipelines.parity", "compare the published architecture with reference numbers"),
     "bench": Command("pipelines.bench", "time the parts that set the pace beside what the machine could do"),
 }

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datagen.reading import ShardDataset, open_dataset, read_manifest
 from genhead.photographs import fingerprint
@@ -22,7 +23,7 @@ from head3d.networks.resample import resize_antialias
 from head3d.pictures import grid, save_png, save_video, to_uint8
 from head3d.run.checkpoint import exported_config, exported_hash
 from head3d.run.config import NonNegativeInt, PositiveFloat, PositiveInt, to_dict
-from head3d.run.errors import ConfigError
+from head3d.run.errors import ConfigError, DataError
 from head3d.run.files import atomic_folder, sha256_of_file, write_atomic
 from head3d.run.runlog import progress
 from head3d.surface import SurfaceConfig, save_mesh
@@ -30,7 +31,7 @@ from reconstructor.avatar import Avatar
 from reconstructor.batches import as_picture
 from reconstructor.drivers import MotionReader, Pictures, drives_by_pictures, open_pictures, perception_reader, sequence_of
 from reconstructor.model import EXPORT_KIND, Reconstructor, ReconstructorExport, load_reconstructor
-from reconstructor.motion_vectors import exported_motion_vectors
+from reconstructor.motion_vectors import NO_ENCODER, exported_motion_vectors
 from reconstructor.perception import load_perception
 from reconstructor.sequences import Sequence, built_in, from_file, interpolate_directions, of_labels, orbiting
 from reconstructor.sources import ASTRONAUT, Crop, Source, held_out_frames, read_photograph, read_sample
@@ -66,7 +67,10 @@ class DriveRun:
     crop: tuple[float, float, float] | None = None
     # .npy of the picture's 437-number label, intrinsics divided by width and height: says square, shape and motion; None = unknown
     source_label: Path | None = None
-    # "built-in" (smile, jaw, blink, gaze, turn), "shard" (held-out identities, by label or picture), a file of FLAME motions (.npz, .npy),
+    # .npz with the key vector [1, D]: the picture's motion as the encoder that the reconstructor was trained with reads it, where that
+    # encoder is not here (imported networks); None = read by `perception`, or of the label
+    source_vector: Path | None = None
+    # "built-in" (smile, jaw, blink, gaze, turn), "shard" (held-out identities, by label or picture), a file of motions (.npz, .npy),
     # or pictures: a video file, a folder, or the number of a camera
     motion: str = "built-in"
     motion_count: PositiveInt = 8  # motions taken for motion "shard"
@@ -104,9 +108,9 @@ def drive(config: DriveRun, reader: MotionReader | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vectors = exported_motion_vectors(config.reconstructor, config.perception, "perception", device)
     model, flame = load_reconstructor(config.reconstructor, device), vectors.kind == "flame"
-    if reader is None and not flame:
+    if reader is None and vectors.network is not None:
         reader = perception_reader(vectors.network, vectors.kind)
-    elif reader is None and config.perception is not None and drives_by_pictures(config.motion):
+    elif reader is None and flame and config.perception is not None and drives_by_pictures(config.motion):
         reader = perception_reader(load_perception(config.perception, None, device), vectors.kind)
     dataset = open_dataset(config.shards) if "shard" in (config.source, config.motion) else None
     source = read_source(config, dataset)
@@ -114,8 +118,12 @@ def drive(config: DriveRun, reader: MotionReader | None = None) -> int:
     if "mesh" in config.outputs and config.mesh.frame >= len(sequence):
         raise ConfigError(f"mesh.frame {config.mesh.frame}: the driver has {len(sequence)} frames; choose 0 to {len(sequence) - 1}")
     image, note, vector = resize_antialias(source.image, model.architecture.config.image_resolution), source.note, None
-    if not flame or (sequence.vector is not None and source.motion is None):
+    if config.source_vector is not None:
+        vector, note = read_source_vector(config.source_vector), f"{note}; its motion of {config.source_vector.name}"
+    elif reader is not None and (not flame or (sequence.vector is not None and source.motion is None)):
         vector, note = reader(image.to(device)).vector, f"{note}; its motion as the reader of the driver sees it"
+    elif not flame:
+        raise ConfigError(NO_ENCODER)
     if sequence.vector is None:
         sequence = dataclasses.replace(sequence, vector=vectors.described(sequence.motion))
     print(f"source: {note}")
@@ -123,7 +131,8 @@ def drive(config: DriveRun, reader: MotionReader | None = None) -> int:
     record |= {"command": "drive", "source": note, "frames": len(sequence)}
     if "mesh" in config.outputs:
         driven = sequence.select(slice(config.mesh.frame, config.mesh.frame + 1))
-        rest = avatar.pose(Motion.neutral(1), vectors.described(Motion.neutral(1)))
+        neutral = Motion.neutral(1)
+        rest = avatar.pose(neutral, vectors.described(neutral) if flame or vectors.network else vector)
         for name, head in (("rest", rest), ("driven", avatar.pose(driven.motion, driven.vector))):
             save_mesh(config.out / f"mesh_{name}.{config.mesh.format}", avatar.surface(head, config.mesh.surface))
     write_pictures(config, avatar, source, sequence, config.fps or fps or DEFAULT_FPS, record)
@@ -153,7 +162,12 @@ def _made_before(finished: Path, record: dict, written: list[Path]) -> bool:
 def _inputs(config: DriveRun) -> dict[str, str]:
     """Hashes of what the settings only name: files, a folder of pictures, the data set."""
     found = {} if config.perception is None else {"perception": exported_hash(config.perception)}
-    for name, value in (("source", config.source), ("source_label", str(config.source_label)), ("motion", config.motion)):
+    for name, value in (
+        ("source", config.source),
+        ("source_label", str(config.source_label)),
+        ("source_vector", str(config.source_vector)),
+        ("motion", config.motion),
+    ):
         if value == "shard":
             found["shards"] = read_manifest(config.shards)["config_hash"]
         elif Path(value).is_file():
@@ -210,6 +224,14 @@ def read_source(config: DriveRun, dataset: ShardDataset | None) -> Source:
     return read_photograph(config.source, None if config.crop is None else Crop(*config.crop), config.source_label)
 
 
+def read_source_vector(path: Path) -> Tensor:
+    """The source's motion vector [1, D]. Raises DataError if the file holds none, or several."""
+    vector = from_file(path).vector
+    if vector is None or len(vector) != 1:
+        raise DataError(f"{path}: expected one motion vector; write it with numpy.savez(path, vector=[1, D])")
+    return vector
+
+
 def read_sequence(
     config: DriveRun, dataset: ShardDataset | None, model: Reconstructor, reader: MotionReader | None
 ) -> tuple[Sequence, float | None]:
@@ -222,7 +244,7 @@ def read_sequence(
         frames = held_out_frames(dataset)[: config.motion_count]
         samples = [dataset.read(frame, ["rgb.0", "label"]) for frame in frames]
         sequence = of_labels(unpack_label(torch.from_numpy(np.stack([one["label"][0] for one in samples]))), config.frames_between)
-        if model.architecture.config.motion == "image":
+        if reader is not None and model.architecture.config.motion == "image":
             pictures = torch.from_numpy(np.stack([as_picture(one["rgb.0"]) for one in samples]))
             vectors = reader(pictures.to(next(model.parameters()).device)).vector
             sequence = dataclasses.replace(sequence, vector=interpolate_directions(vectors, config.frames_between))
@@ -243,6 +265,8 @@ def read_sequence(
 
 
 def _read_pictures(config: DriveRun, pictures: Pictures, model: Reconstructor, reader: MotionReader | None) -> Sequence:
+    if reader is None and model.architecture.config.motion == "image":
+        raise ConfigError(NO_ENCODER)
     if reader is None:
         raise ConfigError(
             f"motion {config.motion}: it is pictures, and this reconstructor takes FLAME motion ({MOTION_VECTOR_SIZE} numbers: expression, "

@@ -201,7 +201,7 @@ class ReconstructorExport:
     """What config.yaml beside exported weights holds."""
 
     head_model: str = "procedural"  # path of a FLAME-format file, or "procedural"
-    motion_encoder: str = ""  # folder of the perception network whose motion vectors it was trained on; "": FLAME motion
+    motion_encoder: str = ""  # folder of the perception network whose motion vectors it was trained on; "": FLAME motion, or imported
     motion_encoder_hash: str = ""  # of that network
     model: ReconstructorConfig = ReconstructorConfig()  # the network
 

@@ -3,6 +3,7 @@
     flame   expression, jaw and eyes of a label, see motion.flame_motion_vector          109 numbers
     image   read off a picture by a perception network's motion encoder, frozen          548 numbers
             where there is FLAME motion and no picture: the encoder's branch for it       the same numbers, less exactly
+            of an encoder that is not here (published networks: PD-FGC's): from files     548 numbers; `drive` takes them
 
 The published encoder wants faces cut out and aligned by landmarks (portrait4d, section 6.2). Ours has learned on whole pictures in the
 framing of labels (`sources.py`), zoomed and shifted at random, and is given such pictures: those of shards, and the central square or
@@ -26,13 +27,19 @@ from reconstructor.model import EXPORT_KIND, ReconstructorExport
 from reconstructor.motion import MotionKind, flame_motion_vector
 from reconstructor.perception import Perception, load_perception
 
+NO_ENCODER = (
+    "this reconstructor reads the motion vectors of an encoder that is not here (published networks: PD-FGC's), so they can neither be "
+    "read off pictures nor made of FLAME motion; drive takes them from files that hold the key vector: --source_vector FILE.npz [1, 548] "
+    "and --motion FILE.npz [T, 548]"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class MotionVectors:
     """The motion vectors [B, D] of one reconstructor; no gradient reaches pictures or encoder."""
 
     kind: MotionKind
-    network: Perception | None = None  # whose motion encoder reads pictures; for `image`
+    network: Perception | None = None  # whose motion encoder reads pictures; for `image`; None there: vectors come in files alone
     folder: Path | None = None  # where that network lies
     weights_hash: str = ""  # of that network
 
@@ -43,7 +50,7 @@ class MotionVectors:
             case "flame":
                 return flame_motion_vector(motion)
             case "image":
-                return self.network.motion(pictures)
+                return self._encoder().motion(pictures)
             case other:
                 raise ValueError(f"motion: expected flame or image, got {other!r}")
 
@@ -52,8 +59,13 @@ class MotionVectors:
         """Of FLAME motion for which there is no picture; on the device of `motion`."""
         if self.kind == "flame":
             return flame_motion_vector(motion)
-        encoder = self.network.motion
+        encoder = self._encoder().motion
         return encoder.vector(encoder.flame_coefficients(motion.to(encoder.basis.device))).to(motion.expression.device)
+
+    def _encoder(self) -> Perception:
+        if self.network is None:
+            raise ConfigError(NO_ENCODER)
+        return self.network
 
     def weights_hashes(self) -> dict[str, str]:
         """As `FrozenNetworks.weights_hashes`: another encoder makes another run."""
@@ -97,6 +109,8 @@ def exported_motion_vectors(reconstructor: Path, given: Path | None, setting: st
     export = exported_config(reconstructor, ReconstructorExport, EXPORT_KIND)
     if export.model.architecture.motion == "flame":
         return MotionVectors("flame")
+    if not export.motion_encoder_hash:  # an imported network
+        return MotionVectors("image")
     folder = given or Path(export.motion_encoder)
     remedy = f"give the folder of the network that it was trained with, --{setting} DIR"
     if not folder.is_dir():

@@ -1,7 +1,8 @@
 """The published reconstructor's parameter names.
 
 The table maps the published state dict onto Portrait4D's, one to one and without scaling. Its renderer (decoder, super-resolution, w_avg)
-has GenHead's names and is not in the table.
+has GenHead's names and is not in the table; `adopt` takes both. The motion vectors that it was trained on are PD-FGC's, which is not
+here: an export of it is driven by vectors that were computed elsewhere.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from genhead.published import Names, rename
+from genhead.published import GENHEAD_NAMES, HEAD_TABLES, Names, rename
+from head3d.deformation import DeformationConfig
 from head3d.run.errors import AssetError
 from reconstructor.architectures.portrait4d import Portrait4D
+from reconstructor.model import ReconstructorConfig
+
+# As the published run left it: 128 rays a side (portrait4d, section 6.6)
+PUBLISHED = ReconstructorConfig(render_resolution=128, deformation=DeformationConfig(published=True))
 
 
 def _layers(pairs: Mapping[str, str]) -> Names:
@@ -110,6 +116,29 @@ PORTRAIT4D_NAMES: Names = (
     *BACKGROUND_NAMES,
 )
 RENDERER_PREFIXES = ("decoder.", "superresolution.", "w_avg")  # what a published state dict holds besides
+
+
+def is_reconstructor(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether published tensors are a reconstructor's, and not a generator's."""
+    return any(name.startswith("encoder_canonical.") for name in tensors)
+
+
+def adopt(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """All weights of a `Reconstructor` from published tensors; those of the head model are left out.
+
+    The published super-resolution takes the constant w_avg as its style w, ours ones: as W w = (W diag(w)) 1, w goes into the weights
+    of its affine layers. Raises AssetError naming `where` and the tensor, if one is unknown or w_avg does not fit.
+    """
+    kept = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(HEAD_TABLES, name)}
+    style = kept.pop("w_avg", None)
+    renderer = rename({name: tensor for name, tensor in kept.items() if name.startswith(RENDERER_PREFIXES)}, GENHEAD_NAMES, where)
+    for name in [name for name in renderer if name.endswith("affine.weight")]:
+        if style is None or renderer[name].shape[1:] != style.shape[-1:]:
+            found = "none" if style is None else tuple(style.shape)
+            raise AssetError(f"{where}: expected w_avg of the {renderer[name].shape[1]} numbers that {name} takes, got {found}")
+        renderer[name] = renderer[name] * style.flatten()
+    inside = rename({name: tensor for name, tensor in kept.items() if not name.startswith(RENDERER_PREFIXES)}, PORTRAIT4D_NAMES, where)
+    return renderer | {f"architecture.{name}": tensor for name, tensor in inside.items()}
 
 
 def load_published(model: Portrait4D, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -6,7 +6,7 @@ values. Files are .safetensors, or .pt and .pth read with torch's `weights_only`
 
 PD-FGC, the published motion encoder, is not here: what is known of it (portrait4d, section 6.2) leaves the inside of its trunk and the
 names of its tensors open, so a file of it could be neither read nor checked. Vectors that it computed elsewhere go in as `vector` of
-`Avatar.from_image` and `Avatar.drive`.
+`Avatar.from_image` and `Avatar.drive`, and in files to the drive command.
 """
 
 from __future__ import annotations

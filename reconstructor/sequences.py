@@ -134,23 +134,28 @@ def built_in(
 def from_file(path: Path) -> Sequence:
     """Read FLAME motions, a frame a row, rotations in axis-angle radians.
 
-    .npz: expression [T, 100], neck_pose [T, 3], jaw_pose [T, 3], eye_pose [T, 6] (left, right); optional camera [T, 25]. Absent poses are
-    zero; without a camera it is the frontal one. .npy: [T, 112], the label's order: expression | neck | jaw | eyes.
+    .npz: expression [T, 100], neck_pose [T, 3], jaw_pose [T, 3], eye_pose [T, 6] (left, right); optional camera [T, 25] and vector [T, D],
+    the motion vectors of a reconstructor's encoder, beside which expression may be absent. Absent motion is zero; without a camera it is
+    the frontal one. .npy: [T, 112], the label's order: expression | neck | jaw | eyes.
     Raises DataError naming the file, the key and the shape expected.
     """
     sizes = ", ".join(f"{name}=[T, {size}]" for name, size in _FILE_KEYS.items())
-    remedy = f"write it with numpy.savez(path, {sizes}), optionally camera=[T, 25]; or numpy.save(path, [T, {sum(_FILE_KEYS.values())}])"
+    plain = f"numpy.save(path, [T, {sum(_FILE_KEYS.values())}])"
+    remedy = f"write it with numpy.savez(path, {sizes}), optionally camera=[T, 25], vector=[T, D]; or {plain}"
     arrays = _read_arrays(path, remedy)
-    unknown = sorted(set(arrays) - set(_FILE_KEYS) - {"camera"})
-    if unknown or "expression" not in arrays:
-        allowed, got = ", ".join([*_FILE_KEYS, "camera"]), ", ".join(arrays) or "none"
-        raise DataError(f"{path}: expected the key expression, and no other than {allowed}; got {got}; {remedy}")
-    frames = len(arrays["expression"]) if arrays["expression"].ndim else 0
+    unknown = sorted(set(arrays) - set(_FILE_KEYS) - {"camera", "vector"})
+    first = arrays.get("expression", arrays.get("vector"))
+    if unknown or first is None:
+        allowed, got = ", ".join([*_FILE_KEYS, "camera", "vector"]), ", ".join(arrays) or "none"
+        raise DataError(f"{path}: expected the key expression or vector, and no other than {allowed}; got {got}; {remedy}")
+    frames = len(first) if first.ndim else 0
+    widths = _FILE_KEYS | {"camera": 25, "vector": arrays["vector"].shape[-1] if "vector" in arrays and arrays["vector"].ndim else 0}
     for name, array in arrays.items():
-        _check_array(array, frames, (_FILE_KEYS | {"camera": 25})[name], f"{path}: key {name}", remedy)
+        _check_array(array, frames, widths[name], f"{path}: key {name}", remedy)
     tensors = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
     motion = Motion(*(tensors.get(name, torch.zeros(frames, size)) for name, size in _FILE_KEYS.items()))
-    return Sequence(motion, Camera.from_label(tensors["camera"]) if "camera" in tensors else frontal(frames))
+    camera = Camera.from_label(tensors["camera"]) if "camera" in tensors else frontal(frames)
+    return Sequence(motion, camera, tensors.get("vector"))
 
 
 def _read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:

@@ -229,7 +229,7 @@ def test_a_missing_bias_and_weights_that_are_not_finite_are_named(tmp_path, publ
     command = ["--out", str(tmp_path / "export"), "--head_model", str(head_file)]
     save_file({name: value for name, value in published.items() if name != "decoder.out_rgb.bias"}, tmp_path / "a.safetensors")
     assert main(["import-published", str(tmp_path / "a.safetensors"), *command]) == 2
-    assert "1 missing (decoder.color.bias); use a published GenHead .pkl as downloaded" in capsys.readouterr().err
+    assert "1 missing (decoder.color.bias); use a published GenHead or reconstructor .pkl as downloaded" in capsys.readouterr().err
     save_file(published | {"decoder.out_rgb.bias": torch.full((4,), float("nan"))}, tmp_path / "b.safetensors")
     assert main(["import-published", str(tmp_path / "b.safetensors"), *command]) == 2
     assert "expected finite weights, got others in decoder.color.bias" in capsys.readouterr().err
