@@ -1,26 +1,39 @@
-"""A tiny untrained generator and a tiny data set of it, made once a session."""
+"""A tiny untrained generator and a tiny data set of it, made once a session; what several tests of trainings do."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from torch import Tensor
 
 from datagen.generate import DatagenRun, generate
 from datagen.members import ShardConfig
+from datagen.plan import open_plan
+from datagen.reading import open_dataset
 from datagen.recipes import RecipeConfig
 from datagen.render import RenderConfig
 from genhead.generator import EXPORT_KIND, GenHead, GenHeadConfig, GenHeadExport
 from head3d.head_model import HeadModel, load_head_model
+from head3d.networks.discriminator import DiscriminatorConfig
 from head3d.run.checkpoint import export_model
 from head3d.run.seeding import torch_generator, weights_drawn_from
+from reconstructor.adversary import AdversaryConfig
 from reconstructor.architectures.portrait4d import Portrait4DConfig
 from reconstructor.background import BackgroundConfig
+from reconstructor.batches import Batch, BatchStream
 from reconstructor.encoders import GlobalEncoderConfig
-from reconstructor.losses import LossConfig, SmoothnessConfig
+from reconstructor.learner import Learner, build
+from reconstructor.losses import LossConfig, SmoothnessConfig, TermConfig, members_needed
 from reconstructor.model import ReconstructorConfig
 from reconstructor.order import BatchConfig
 from reconstructor.perception import ERRORS_FILE, Perception, PerceptionConfig, PerceptionExport, Role, TrunkConfig
@@ -86,6 +99,13 @@ class World(NamedTuple):
         }
         return ReconstructorRun(**settings | changes)
 
+    @staticmethod
+    def adversarial(since: int) -> dict[str, Any]:
+        """Settings of a run whose adversarial term counts from `since` images on."""
+        losses = LossConfig(adversarial=TermConfig(0.01, since=since), smoothness=SmoothnessConfig(every=2, points=20))
+        network = DiscriminatorConfig(resolution=32, channel_base=128, channel_max=8, mapping_layers=1)
+        return {"losses": losses, "adversary": AdversaryConfig(r1_every=2, discriminator=network)}
+
 
 @pytest.fixture(scope="session")
 def built_in_head() -> HeadModel:
@@ -119,6 +139,55 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_genhead: Callable[[int]
     )
     assert generate(config) == 0
     return World(folder / "generator", folder / "shards", tiny_reconstructor(genhead.config))
+
+
+@pytest.fixture(scope="session")
+def learner() -> Callable[..., Learner]:
+    """`learner(config, warm=True)`: what a training of `config` begins with, the warm start or random weights."""
+
+    def begun(config: ReconstructorRun, warm: bool = True) -> Learner:
+        return build(dataclasses.replace(config, warm_start=warm), open_plan(config.shards), torch.device("cpu"), fresh=True)
+
+    return begun
+
+
+@pytest.fixture(scope="session")
+def first_batch() -> Callable[[ReconstructorRun], Batch]:
+    """`first_batch(config)`: of the data that a training of `config` reads."""
+
+    def read(config: ReconstructorRun) -> Batch:
+        with BatchStream(open_dataset(config.shards), config.batches, 0, lambda seen: members_needed(config.losses, seen)) as batches:
+            return next(batches)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def differing() -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], list[str]]:
+    """`differing(first, second)`: names of the tensors, of which both have the same, that are not equal bit for bit."""
+
+    def compare(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[str]:
+        assert first.keys() == second.keys()
+        return [name for name in first if not torch.equal(first[name], second[name])]
+
+    return compare
+
+
+@pytest.fixture
+def sigterm_in_second_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
+    """`sigterm_in_second_step(trainer)`: the second call of the module's `step` is interrupted by the signal."""
+
+    def arrange(trainer: ModuleType) -> None:
+        step, calls = trainer.step, itertools.count(1)
+
+        def interrupted(*arguments: object) -> object:
+            if next(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*arguments)
+
+        monkeypatch.setattr(trainer, "step", interrupted)
+
+    return arrange
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from reconstructor.losses import (
     SmoothnessConfig,
     TermConfig,
     check_labels,
+    labels_at,
     members_needed,
     reconstruction_losses,
     smoothness_loss,
@@ -206,3 +207,15 @@ def test_smoothness_is_the_mean_difference_to_a_jittered_neighbour_inside_the_bo
     assert value.item() == pytest.approx(0.0797885 * 10, rel=0.05)
     again = smoothness_loss(config, ramp, torch.zeros(2), 1.3, torch.Generator().manual_seed(0))
     assert torch.equal(value, again)
+
+
+def test_labels_are_enlarged_to_the_rays(world, tmp_path, first_batch):
+    batch = first_batch(world.run(tmp_path))
+    enlarged = labels_at(batch, 32)
+    assert enlarged.opacity.shape[-1] == enlarged.background_features.shape[-1] == enlarged.depth.shape[-1] == 32
+    assert torch.equal(enlarged.image, batch.image) and torch.equal(enlarged.points, batch.points)
+    left, right = batch.opacity[..., 0, 4], batch.opacity[..., 0, 5]  # pixel centres of 32 lie at quarters between those of 16
+    assert torch.allclose(enlarged.opacity[..., 0, 9], 0.75 * left + 0.25 * right)
+    assert torch.allclose(enlarged.opacity[..., 0, 10], 0.25 * left + 0.75 * right)
+    same = labels_at(batch, 16)
+    assert torch.equal(same.depth, batch.depth)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -68,11 +66,6 @@ def learner_and_pictures(config):
     return learner, lambda rank, ranks: read_pictures(dataset, order.batch(0, rank, ranks), 16)
 
 
-def differing(first, second):
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
-
-
 def test_a_run_logs_every_term_exports_and_measures_itself_on_people_held_out(run):
     assert train(run) == 0
     lines = read_metrics(run.out)
@@ -93,7 +86,7 @@ def test_a_run_logs_every_term_exports_and_measures_itself_on_people_held_out(ru
     assert train(run) == 0 and (run.out / "export" / "model.safetensors").stat().st_mtime_ns == before  # a finished run is not repeated
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, differing):
     whole, parts = dataclasses.replace(run, total_images=24), dataclasses.replace(run, out=tmp_path / "parts", total_images=16)
     train(whole)
     train(parts)
@@ -105,16 +98,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
         train(dataclasses.replace(parts, role="evaluation"))
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(run, monkeypatch):
-    step, calls = training.step, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-
-    monkeypatch.setattr(training, "step", interrupted)
+def test_sigterm_saves_and_the_same_command_goes_on(run, sigterm_in_second_step):
+    sigterm_in_second_step(training)
     assert train(run) == 0
     assert latest_checkpoint(run.out).images_seen == 16 and not (run.out / "export").exists()
 
