@@ -1,8 +1,9 @@
 """Measure a reconstructor on held-out identities against exact truth; the tasks are those of `evaluation_cases`.
 
-Each task has rows: the reconstructor, the source picture copied, the mean of training pictures; where the truth is a picture of the
-data set, the generator's rendering of the same recipe, which nothing can beat; and with a perception network, which adds what it sees
-in the pictures, the truth as that network sees it. Numbers are means over identities with a bootstrap interval over identities (95 %).
+Each task has rows: the reconstructor, the source picture copied, the mean of training pictures; where view or motion change, the
+generator's mean head in the target's motion; where the truth is a picture of the data set, the generator's rendering of the same recipe,
+which nothing can beat; and with a perception network, which adds what it sees in the pictures, the truth as that network sees it.
+Numbers are means over identities with a bootstrap interval over identities (95 %).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from reconstructor.perception import Perception, load_errors, load_perception
 from reconstructor.perception_errors import PICTURE_UNITS, Judge, errors_table
 
 ROWS = ("ours", "copy_source", "mean_image")
+MEAN_HEAD = "mean_head"  # a row of MEAN_HEAD_TASKS
 RERENDERED = "rerendered"  # a row of tasks whose truth is a picture of the data set
 TRUTH = "truth"  # a row that only what a network reads has
 NOT_RECORDED = ("out", "reconstructor", "shards", "generator", "motion_encoder", "perception", "batch")  # other entries stand for them
@@ -166,8 +168,9 @@ def predict(
         "copy_source": Pictured(source_image),
         "mean_image": Pictured(mean_image.expand_as(source_image)),
     }
-    if samples[0].rerendered is not None:
-        made[RERENDERED] = Pictured(*(torch.stack(part) for part in zip(*(sample.rerendered for sample in samples), strict=True)))
+    for row in (MEAN_HEAD, RERENDERED):
+        if getattr(samples[0], row) is not None:
+            made[row] = Pictured(*(torch.stack(part) for part in zip(*(getattr(sample, row) for sample in samples), strict=True)))
     return made
 
 

@@ -8,7 +8,8 @@
                          truth is rendered
 
 The truth is rendered by the generator from the recipe of the source's identity, which no real recording can give. Where it is a
-picture of the data set, the same rendering of it shows how near to that picture anything could come.
+picture of the data set, the same rendering of it shows how near to that picture anything could come. Where the view or the motion
+changes, the generator's mean head in that motion, before that camera, shows how near one comes without knowing the person.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ Task = Literal["static_lift", "novel_view", "self_reenactment", "cross_reenactme
 TASKS: tuple[Task, ...] = get_args(Task)
 STORED_TASKS = ("static_lift", "self_reenactment")  # the truth is a picture of the data set; elsewhere it is rendered
 STATIC_TASKS = ("static_lift", "novel_view")  # the target's motion is the source's
+MEAN_HEAD_TASKS = ("novel_view", "self_reenactment", "cross_reenactment")  # beside which the mean head is rendered
 NOVEL_YAWS_DEG = (-60, -45, -30, -15, 0, 15, 30, 45, 60)  # of the camera that the novel view is seen from
 _NOVEL_RADIUS, _NOVEL_TARGET = 4.05, (0.0, 0.0, 0.09)  # the middle of the look-at cameras that data sets are made with, scene units
 _YAW_BINS = ((15.0, "below 15 deg"), (30.0, "15 to 30 deg"), (np.inf, "over 30 deg"))  # of self-reenactment, as the paper's
@@ -75,6 +77,7 @@ class Sample(NamedTuple):
     depth: Tensor | None  # ray distance, scene units; None if the data set has no depth
     opacity: Tensor  # in [0, 1]
     rerendered: Pictured | None = None  # the truth rendered once more, where it is a picture of the data set
+    mean_head: Pictured | None = None  # the mean head in the target's motion, before its camera; in MEAN_HEAD_TASKS
 
 
 class Truths:
@@ -84,6 +87,7 @@ class Truths:
         self._dataset, self._plan = dataset, plan
         self._genhead = load_planned_generator(plan, generator, device)
         self._renderer: IdentityRenderer | None = None
+        self._mean_renderer = self._mean_head()
 
     def sample(self, case: Case) -> Sample:
         """Pictures, labels and truth of a case that is one picture, on the CPU."""
@@ -93,13 +97,14 @@ class Truths:
         if case.yaw_deg is not None:
             target[:25] = novel_camera(case.yaw_deg)
         rendered = self._render(case.source.identity, target)
+        mean_head = _rendered(self._mean_renderer, target) if case.task in MEAN_HEAD_TASKS else None
         if case.task not in STORED_TASKS:
-            return Sample(source_image, source_label, picture, target, rendered.image, rendered.depth, rendered.opacity)
+            return Sample(source_image, source_label, picture, target, *rendered, mean_head=mean_head)
         has_depth = "depth" in case.driver.members
         maps = self._dataset.read(case.driver, ["opacity", *(["depth"] if has_depth else [])])
         opacity = torch.from_numpy(maps["opacity"][case.driver_view][None])
         depth = torch.from_numpy(maps["depth"][case.driver_view][None]) if has_depth else None
-        return Sample(source_image, source_label, picture, target, picture, depth, opacity, rendered)
+        return Sample(source_image, source_label, picture, target, picture, depth, opacity, rendered, mean_head)
 
     def sequence(self, case: Case, frames: int) -> list[Sample]:
         """The pictures of a steadiness case in their order: from the driver's motion to the last one's, slow at both ends."""
@@ -125,9 +130,25 @@ class Truths:
         if self._renderer is None or self._renderer.recipe.identity != identity:
             recipe = draw_identity(self._plan.recipe, self._plan.seed, identity)
             self._renderer = IdentityRenderer(self._genhead, recipe, self._plan.render.precision)
-        target = unpack_label(label[None])
-        images = self._renderer.render(self._renderer.pose(target.motion), target.camera.label()).images
-        return Pictured(images.image[0].cpu(), images.depth[0].cpu(), images.opacity[0].cpu())
+        return _rendered(self._renderer, label)
+
+    @torch.no_grad()
+    def _mean_head(self) -> IdentityRenderer:
+        """Nobody: truncation to the mean w, the mean shape, and the background of z = 0."""
+        recipe = draw_identity(self._plan.recipe, self._plan.seed, 0)
+        recipe = recipe._replace(shape=torch.zeros_like(recipe.shape), truncation_psi=0.0)
+        renderer = IdentityRenderer(self._genhead, recipe, self._plan.render.precision)
+        renderer.background = self._genhead.background(
+            torch.zeros(1, self._genhead.config.z_dim, device=renderer.device), renderer.precision
+        )
+        return renderer
+
+
+def _rendered(renderer: IdentityRenderer, label: Tensor) -> Pictured:
+    """An identity in the motion of a label [437], before its camera; on the CPU."""
+    target = unpack_label(label[None])
+    images = renderer.render(renderer.pose(target.motion), target.camera.label()).images
+    return Pictured(images.image[0].cpu(), images.depth[0].cpu(), images.opacity[0].cpu())
 
 
 def novel_camera(yaw_deg: float) -> Tensor:

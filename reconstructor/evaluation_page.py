@@ -27,7 +27,8 @@ _NOTES = {
     "steadiness": "A short driven sequence from one motion to another, before one camera; the truth is rendered.",
 }
 _ROWS = (
-    "ours: the reconstructor. copy source: the source picture. mean image: the mean of training pictures. rerendered: the generator's "
+    "ours: the reconstructor. copy source: the source picture. mean image: the mean of training pictures. mean head: the generator's "
+    "mean person, rendered in the target's motion before its camera. rerendered: the generator's "
     "rendering of the target's recipe against the stored picture, which nothing can beat. truth: the truth itself as the perception "
     "network reads it. All are means over identities with a 95 % bootstrap interval over identities. Parts of a task are shown with the "
     "number of their samples."

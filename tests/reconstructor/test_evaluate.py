@@ -13,7 +13,7 @@ from datagen.reading import open_dataset
 from head3d.run.errors import AssetError, ConfigError
 from reconstructor import evaluate as evaluation
 from reconstructor.evaluate import ROWS, EvaluateRun, evaluate, predict
-from reconstructor.evaluation_cases import STORED_TASKS, TASKS, Sample
+from reconstructor.evaluation_cases import MEAN_HEAD_TASKS, STORED_TASKS, TASKS, Sample
 from reconstructor.evaluation_measures import METRICS, STEADINESS_METRICS
 from reconstructor.evaluation_tables import summarise, text_table
 from reconstructor.model import load_reconstructor
@@ -44,14 +44,20 @@ def config(world, trained, tmp_path):
     )
 
 
+def rows_of(task):
+    return [*ROWS, *(["mean_head"] if task in MEAN_HEAD_TASKS else []), *(["rerendered"] if task in STORED_TASKS else [])]
+
+
 def test_results_are_written_and_a_second_call_only_prints(config, capsys, monkeypatch):
     assert evaluate(config) == 0
     result = json.loads((config.out / "evaluation.json").read_text())
     assert list(result["tasks"]) == list(TASKS)
     for task, content in result["tasks"].items():
-        assert list(content["rows"]) == [*ROWS, *(["rerendered"] if task in STORED_TASKS else [])]
+        assert list(content["rows"]) == rows_of(task)
         for row, metrics in content["rows"].items():
-            of_picture = set(METRICS) - {"opacity_iou"} - (set() if row in ("ours", "rerendered") else {"depth"})  # all heads are a fog
+            of_picture = (
+                set(METRICS) - {"opacity_iou"} - (set() if row in ("ours", "rerendered", "mean_head") else {"depth"})
+            )  # all heads are a fog
             assert set(metrics) == (set(STEADINESS_METRICS) if task == "steadiness" else of_picture)
             assert all(value["low"] <= value["mean"] <= value["high"] for value in metrics.values())
         parts = content["bins"].values()
@@ -99,7 +105,7 @@ def test_a_perception_network_adds_what_it_sees_and_its_own_error(config, tiny_p
     for task, content in result["tasks"].items():
         rows = content["rows"]
         assert content["identities"] <= len({frame.identity for frame in open_dataset(config.shards).frames if frame.split == "test"})
-        assert list(rows) == [*ROWS, *(["rerendered"] if task in STORED_TASKS else []), "truth"]
+        assert list(rows) == [*rows_of(task), "truth"]
         assert set(rows["truth"]) == set(PICTURE_UNITS)
         assert rows["truth"]["perceptual"]["mean"] == 0 <= rows["copy_source"]["perceptual"]["mean"]
         assert (rows["copy_source"]["perceptual"]["mean"] == 0) == (task == "static_lift")

@@ -80,6 +80,16 @@ def test_the_target_has_the_source_s_shape_and_the_driver_s_motion_and_camera(da
     assert torch.equal(target.motion.expression, driver.motion.expression) and torch.equal(target.camera.c2w, driver.camera.c2w)
 
 
+def test_the_mean_head_moves_as_the_target_does_and_is_nobody(dataset, truths):
+    ones = [frame for frame in dataset.frames if frame.kind == "dynamic"]
+    others = [frame for frame in ones if frame.identity != ones[0].identity]
+    first, second = (truths.sample(Case("cross_reenactment", source, 0, ones[0], 0)) for source in others[-3:-1])
+    assert not torch.equal(first.truth, second.truth) and torch.equal(first.mean_head.image, second.mean_head.image)
+    elsewhere = truths.sample(Case("cross_reenactment", others[-3], 0, ones[1], 1))
+    assert not torch.equal(first.mean_head.image, elsewhere.mean_head.image) and first.mean_head.depth.shape == first.depth.shape
+    assert truths.sample(Case("static_lift", ones[0], 0, ones[0], 0)).mean_head is None
+
+
 def test_a_static_lift_s_truth_is_its_source_and_a_novel_view_differs_in_the_camera_alone(truths, cases):
     lift = truths.sample(next(case for case in cases if case.task == "static_lift"))
     assert torch.equal(lift.truth, lift.source_image) and torch.equal(lift.source_label, lift.target_label)
