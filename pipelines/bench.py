@@ -142,10 +142,11 @@ def print_reconstructor(rows: list[speed.StageTime]) -> None:
 
 def print_training(rows: list[speed.TrainingTime]) -> None:
     """The published reconstructor's training step for one target."""
-    print(f"\n{'training step, one target, float32':36} {'forward s':>9} {'backward s':>10} {'update s':>8} {'step s':>7} {'peak MB':>8}")
+    columns = f"{'forward s':>9} {'backward s':>10} {'update s':>8} {'discriminator s':>15} {'step s':>7} {'peak MB':>8}"
+    print(f"\n{'training step, one target, float32':36} {columns}")
     for row in rows:
-        whole = row.forward_s + row.backward_s + row.update_s
-        parts = f"{row.forward_s:9.2f} {row.backward_s:10.2f} {row.update_s:8.2f} {whole:7.2f}"
+        whole = row.forward_s + row.backward_s + row.update_s + row.discriminator_s
+        parts = f"{row.forward_s:9.2f} {row.backward_s:10.2f} {row.update_s:8.2f} {row.discriminator_s:15.2f} {whole:7.2f}"
         print(f"{f'{row.when}, {row.rays} x {row.rays} rays':36} {parts} {row.peak_memory_mb:8.0f}")
 
 

@@ -30,7 +30,7 @@ from head3d.run.files import sha256_of_file
 from reconstructor.batches import Batch
 from reconstructor.losses import LossConfig, picture_pairs
 from reconstructor.perception import Perception, load_perception, true_reading
-from reconstructor.published_perception import align_faces, load_arcface, load_lpips
+from reconstructor.published_perception import ArcFace, align_faces, load_arcface, load_lpips
 
 
 class PerceptualNetwork(NamedTuple):
@@ -111,15 +111,19 @@ def load_frozen_networks(
     elif compares and ours:
         perceptual = PerceptualNetwork("perceptual", ours.perceptual_distance, ours_hash)
     if recognises and files.arcface:
-        network = load_arcface(files.arcface).to(device)
-
-        def embed_face(pictures: Tensor, labels: Tensor) -> Tensor:
-            return network(align_faces(pictures, true_reading(labels, head).landmarks))
-
-        identity = IdentityNetwork("arcface", embed_face, sha256_of_file(files.arcface)[:16])
+        identity = arcface_network(load_arcface(files.arcface).to(device), head, sha256_of_file(files.arcface)[:16])
     elif recognises and ours:
         identity = IdentityNetwork("identity", lambda pictures, labels: ours.identity(pictures), ours_hash)
     return FrozenNetworks(perceptual, identity)
+
+
+def arcface_network(network: ArcFace, head: HeadModel, weights_hash: str) -> IdentityNetwork:
+    """ArcFace on faces that are cut out by where a label says that the landmarks are; network and head on one device."""
+
+    def embed_face(pictures: Tensor, labels: Tensor) -> Tensor:
+        return network(align_faces(pictures, true_reading(labels, head).landmarks))
+
+    return IdentityNetwork("arcface", embed_face, weights_hash)
 
 
 def frozen_network_losses(

@@ -194,7 +194,7 @@ def _waits(dataset: ShardDataset, config: BatchConfig, members: frozenset[str], 
     """Seconds that a loop which computes for `step_s` a batch waits for each batch but the first."""
     factor, waits = torch.rand(256, 256), []
     with BatchStream(dataset, config, 0, lambda seen: members) as batches:
-        for _ in range(min(samples // BATCH, 8)):
+        for _ in range(min(samples // BATCH, 6)):
             begun = time.perf_counter()
             next(batches)
             waits.append(time.perf_counter() - begun)

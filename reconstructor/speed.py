@@ -3,7 +3,7 @@
 once a source    global and detail encoder, background, de-expression
 once a motion    re-enactment, plane decoder, tables of a turned neck; our motion encoder at its default width, where a picture drives
 once a view      rays, the neck's part of them, super-resolution
-a training step  forward, backward, update
+a training step  forward, backward, update, the discriminator's own step
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,20 +29,23 @@ from head3d.run import distributed
 from head3d.run.memory import peak_memory_mb
 from head3d.run.runlog import progress
 from head3d.run.seeding import torch_generator, weights_drawn_from
+from reconstructor.adversary import Adversary
 from reconstructor.architecture import Driver
 from reconstructor.avatar import Avatar
 from reconstructor.batches import Batch
 from reconstructor.blocks import with_coordinates
-from reconstructor.frozen_networks import FrozenNetworks
+from reconstructor.frozen_networks import FrozenNetworks, PerceptualNetwork, arcface_network
 from reconstructor.learner import Learner, build_optimizer
 from reconstructor.model import Reconstructor, ReconstructorConfig
 from reconstructor.motion_vectors import MotionVectors
 from reconstructor.perception import Perception, PerceptionConfig
+from reconstructor.published_perception import ArcFace, Lpips
 from reconstructor.settings import ReconstructorRun
-from reconstructor.stages import with_weights
 from reconstructor.steps import Stopwatch, step
 
 NECK_RAD = 0.3  # of the motion that is timed; an unturned neck skips its stage
+
+IR_18 = (2, 2, 2, 2)  # blocks of the published ArcFace
 
 Often = Literal["source", "motion", "view", "whole"]
 
@@ -113,39 +117,52 @@ class TrainingTime(NamedTuple):
     forward_s: float
     backward_s: float
     update_s: float  # Adam and the averaged weights
+    discriminator_s: float  # its own step, without the gradient penalty that one in `r1_every` has; 0 where it does not train
     peak_memory_mb: float  # of the process so far
 
 
+def moments(config: ReconstructorRun) -> dict[str, int]:
+    """Images seen at the steps that are timed: early, with every label; late, when the rays have grown and every network judges."""
+    return {"early": 1, "late": config.growth.since + config.growth.images + 1}
+
+
 def measure_training(config: ReconstructorRun, head: HeadModel, repeats: int = 2) -> list[TrainingTime]:
-    """A step early, with every label, and a step late, when the rays have grown; made-up data, no other network beside (perceptual,
-    identity, discriminator), no density smoothness, which few steps have."""
+    """A step at each of `moments`, on made-up data, with networks of the published sizes and random weights: LPIPS, ArcFace (IR-18), the
+    discriminator, and our motion encoder where motion is read off pictures. Neither has density smoothness nor the discriminator's
+    gradient penalty, which one step in 16 has."""
     one = dataclasses.replace(config.batches, size=1, static_share=0.0)
-    alone = with_weights(config.losses, dict.fromkeys(("perceptual", "identity", "adversarial"), 0.0))
-    config = dataclasses.replace(config, batches=one, micro_batch=1, losses=alone)
+    alone = dataclasses.replace(config.adversary.discriminator, group_size=1)
+    config = dataclasses.replace(
+        config, batches=one, micro_batch=1, adversary=dataclasses.replace(config.adversary, discriminator=alone, warm_start=False)
+    )
     draws, process = torch_generator(0, "training speed"), distributed.Process(0, 1, torch.device("cpu"), True)
     with weights_drawn_from(draws):
         model = Reconstructor(config.model, head)
+        lpips, arcface, perception = (
+            network.eval().requires_grad_(False) for network in (Lpips("vgg"), ArcFace(IR_18), Perception(PerceptionConfig()))
+        )
     averaged = copy.deepcopy(model, {id(head): head}).requires_grad_(False)
+    kind = config.model.architecture.motion
     learner = Learner(
         model=model,
         averaged=averaged,
         ema=Ema(averaged, config.ema_images, config.ema_ramp),
         optimizer=build_optimizer(config, model),
-        frozen=FrozenNetworks(None, None),
-        vectors=MotionVectors("flame"),  # those of the batch as they are
-        adversary=None,
+        frozen=FrozenNetworks(PerceptualNetwork("lpips", lpips, ""), arcface_network(arcface, head, "")),
+        vectors=MotionVectors(kind, perception if kind == "image" else None),
+        adversary=Adversary(config.adversary, config.seed, Path()),
         head_model="",
     )
     batch, rows = made_up_batch(config.model, draws), []
     step(config, learner, batch, 1, process)  # warms up and makes Adam's state
-    for when, images_seen in (("early", 1), ("late", config.growth.since + config.growth.images + 1)):
+    for when, images_seen in moments(config).items():
         laps = []
         for _ in range(repeats):
             watch = Stopwatch(process.device)
             scalars = step(config, learner, batch, images_seen, process, watch)
             laps.append(watch.take())
-        seconds = (statistics.median(lap[name] for lap in laps) for name in ("forward", "backward", "update"))
-        losses = tuple(name.removeprefix("loss/") for name in scalars if name != "loss/total")
+        seconds = (statistics.median(lap.get(name, 0.0) for lap in laps) for name in ("forward", "backward", "update", "discriminator"))
+        losses = tuple(name.removeprefix("loss/") for name in scalars if name.startswith("loss/") and name != "loss/total")
         rows.append(TrainingTime(when, config.rays_at(images_seen), losses, *seconds, peak_memory_mb()))
     return rows
 
@@ -165,6 +182,7 @@ def made_up_batch(config: ReconstructorConfig, draws: torch.Generator) -> Batch:
         label=pack_label(frontal(), torch.zeros(1, SHAPE_SIZE), Motion.neutral(1)),
         identity=torch.zeros(1, dtype=torch.int64),
         image=uniform(3, side, side) * 2 - 1,
+        driver_image=uniform(3, side, side) * 2 - 1,
         opacity=uniform(1, rays, rays),
         depth=uniform(1, rays, rays) + 3.7,
         foreground=uniform(config.feature_channels, rays, rays),

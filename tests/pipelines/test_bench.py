@@ -41,13 +41,13 @@ def test_stages_of_the_reconstructor_are_printed_with_how_often_they_run(capsys)
 
 
 def test_a_training_step_is_printed_by_its_parts_and_their_sum(capsys):
-    print_training([speed.TrainingTime("late", 128, ("image_final",), 10.0, 30.5, 1.5, 9001.0)])
-    expected = ["late,", "128", "x", "128", "rays", "10.00", "30.50", "1.50", "42.00", "9001"]
+    print_training([speed.TrainingTime("late", 128, ("image_final",), 10.0, 30.5, 1.5, 2.25, 9001.0)])
+    expected = ["late,", "128", "x", "128", "rays", "10.00", "30.50", "1.50", "2.25", "44.25", "9001"]
     assert capsys.readouterr().out.splitlines()[-1].split() == expected
 
 
 def test_reading_is_printed_beside_decoding_from_memory_and_with_its_share_of_a_step(capsys):
-    step = speed.TrainingTime("early", 64, (), 5.0, 11.5, 1.0, 9000.0)
+    step = speed.TrainingTime("early", 64, (), 5.0, 11.5, 1.0, 0.0, 9000.0)
     rows = [ReadingTime(side, 3.25, 0.045, 0.06, 0.05, 0.08, 0.75, 0.91, 0.56, 0.13) for side in (512, 64)]
     print_reading(rows, [step])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

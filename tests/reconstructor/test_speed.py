@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from head3d.head_model import load_head_model
+from head3d.networks.discriminator import DiscriminatorConfig
+from reconstructor.adversary import AdversaryConfig
 from reconstructor.products import linear
 from reconstructor.settings import GrowthConfig
 from reconstructor.speed import _gflop, measure_reconstructor, measure_training
@@ -31,10 +33,12 @@ def test_products_are_counted_whichever_library_computes_them():
     assert _gflop(lambda: linear(features, weight)) == pytest.approx(2 * 3 * 5 * 7 * 11 / 1e9)
 
 
-def test_a_training_step_is_timed_early_with_every_label_and_late_with_more_rays(world, tmp_path):
-    settings = world.run(tmp_path, growth=GrowthConfig(resolution=32, since=400_000, images=8))
-    early, late = measure_training(settings, load_head_model(None), repeats=1)
+def test_a_training_step_is_timed_early_with_every_label_and_late_with_more_rays_and_every_network(world, tmp_path):
+    adversary = AdversaryConfig(discriminator=DiscriminatorConfig(resolution=32, channel_base=128, channel_max=8, mapping_layers=1))
+    growth = GrowthConfig(resolution=32, since=1_000_000, images=8)
+    early, late = measure_training(world.run(tmp_path, growth=growth, adversary=adversary), load_head_model(None), repeats=1)
     assert (early.rays, late.rays) == (16, 32) and min(early.forward_s, early.backward_s, early.update_s) > 0
-    pictures = {f"image_{name}" for name in ("final", "raw", "foreground", "background")}
+    pictures = {f"{term}_{name}" for term in ("image", "lpips") for name in ("final", "raw", "foreground", "background")}
     assert set(early.losses) == pictures | {"features", "points", "depth", "opacity"}
-    assert set(late.losses) == pictures | {"opacity"}
+    assert set(late.losses) == pictures | {"opacity", "arcface", "adversarial"}
+    assert early.discriminator_s == 0 < late.discriminator_s
