@@ -17,6 +17,8 @@ OF_RECONSTRUCTOR = (
     "shards",
     "motion_encoder",
     "perception",
+    "lpips",
+    "arcface",
     "tasks",
     "switch",
     "split",

@@ -25,23 +25,35 @@ from head3d.labels import unpack_label
 from head3d.pictures import colorize, grid, save_png, to_uint8
 from head3d.run.checkpoint import exported_hash
 from head3d.run.config import NonNegativeInt, PositiveInt, save_yaml, to_dict
-from head3d.run.files import read_results, write_atomic, write_csv
+from head3d.run.files import read_results, sha256_of_file, write_atomic, write_csv
 from head3d.run.runlog import progress
 from reconstructor.architecture import Driver
 from reconstructor.evaluation_cases import STATIC_TASKS, TASKS, Case, Pictured, Sample, Task, Truths, batches_of, bin_of, draw_cases
-from reconstructor.evaluation_measures import METRICS, STEADINESS_METRICS, mean_training_image, measure, steadiness
+from reconstructor.evaluation_measures import mean_training_image, measure, steadiness
 from reconstructor.evaluation_page import SHEET_COLUMNS, evaluation_page
 from reconstructor.evaluation_tables import ALL_METRICS, flat_rows, summarise, text_table
 from reconstructor.model import Reconstructor, load_reconstructor
 from reconstructor.motion_vectors import MotionVectors, exported_motion_vectors
 from reconstructor.perception import Perception, load_errors, load_perception
-from reconstructor.perception_errors import PICTURE_UNITS, Judge, errors_table
+from reconstructor.perception_errors import Judge, errors_table
+from reconstructor.published_perception import PublishedNetworks, load_published_networks
 
-ROWS = ("ours", "copy_source", "mean_image")
+COPY = "copy_source"
+ROWS = ("ours", COPY, "mean_image")
 MEAN_HEAD = "mean_head"  # a row of MEAN_HEAD_TASKS
 RERENDERED = "rerendered"  # a row of tasks whose truth is a picture of the data set
 TRUTH = "truth"  # a row that only what a network reads has
-NOT_RECORDED = ("out", "reconstructor", "shards", "generator", "motion_encoder", "perception", "batch")  # other entries stand for them
+NOT_RECORDED = (
+    "out",
+    "reconstructor",
+    "shards",
+    "generator",
+    "motion_encoder",
+    "perception",
+    "lpips",
+    "arcface",
+    "batch",
+)  # other entries stand for them
 _ERROR_SHOWN = 0.5  # end of the colour scale of differences, which go from 0 to 1
 
 
@@ -55,6 +67,8 @@ class EvaluateRun:
     generator: Path | None = None  # exported generator that renders the truth; None = the one that the shards record
     motion_encoder: Path | None = None  # exported perception network whose motion vectors it reads; None = the one it records
     perception: Path | None = None  # exported perception network of role evaluation; None = only what needs no network is measured
+    lpips: tuple[Path, ...] = ()  # LPIPS on AlexNet, for who has it: the authors' alex.pth of version 0.1 and torchvision's AlexNet
+    arcface: Path | None = None  # ArcFace, for who has it: a state dict of insightface's IR-ResNet
     tasks: tuple[Task, ...] = TASKS  # what is measured
     switch: bool = True  # static lift and novel view with the cross-attention off; false: the source's own motion drives there
     split: Literal["val", "test"] = "test"  # identities used
@@ -91,6 +105,7 @@ def evaluate(config: EvaluateRun) -> int:
         "generator": plan.generator.hash,
         "data": {"hash": plan.hash, "identities": plan.identities},
         "perception": None if config.perception is None else exported_hash(config.perception),
+        "published_networks": [sha256_of_file(path)[:16] for path in (*config.lpips, config.arcface) if path and path.is_file()],
         "settings": {key: value for key, value in to_dict(config).items() if key not in NOT_RECORDED},
     }
     finished = config.out / "evaluation.json"
@@ -100,10 +115,11 @@ def evaluate(config: EvaluateRun) -> int:
         return 0
     measured = measure_all(config, plan)
     tasks = summarise(measured.records, config.seed, config.resamples)
-    units = METRICS | STEADINESS_METRICS
+    found = set().union(*measured.records)
+    units = {name: unit for name, unit in ALL_METRICS.items() if name in found}
     result = record | {"metrics": units, "tasks": tasks, "rows": flat_rows(tasks)}
     if config.perception is not None:
-        result |= {"metrics": units | PICTURE_UNITS, "perception_errors": load_errors(config.perception)}
+        result |= {"perception_errors": load_errors(config.perception)}
     write_results(config, result, measured)
     print(text_table(tasks, config.tasks))
     print_own_error(result)
@@ -125,6 +141,7 @@ def measure_all(config: EvaluateRun, plan: Plan) -> Measured:
     truths = Truths(dataset, plan, config.generator or Path(plan.generator.folder), device)
     mean_image = mean_training_image(dataset, config.mean_images, config.seed)
     network = None if config.perception is None else load_perception(config.perception, "evaluation", device)
+    published = load_published_networks(config.lpips, config.arcface, model.head_model)
     cases = draw_cases(dataset, config.split, config.seed, config.identities, config.samples, config.tasks)
     records: list[dict[str, Any]] = []
     pictures: dict[str, list[np.ndarray]] = {}
@@ -134,7 +151,7 @@ def measure_all(config: EvaluateRun, plan: Plan) -> Measured:
             moving = task == "steadiness"
             samples = truths.sequence(part[0], config.sequence_frames) if moving else [truths.sample(case) for case in part]
             made = predict(model, vectors, samples, task, mean_image, config.switch)
-            found = steadiness_records(part[0], samples, made) if moving else picture_records(part, samples, made, model, network)
+            found = steadiness_records(part[0], samples, made) if moving else picture_records(part, samples, made, published, network)
             records += ({"task": task} | one for one in found)
             if len(sheet := pictures.setdefault(task, [])) < config.sheet_rows:
                 sheet += [sequence_rows(samples, made["ours"])] if moving else sample_rows(samples, made["ours"])
@@ -165,7 +182,7 @@ def predict(
     images = model(source_image.to(device), source_vector, driver, scale, source.shape, target.motion, target.camera).images
     made = {
         "ours": Pictured(images.image.cpu(), images.depth.cpu(), images.opacity.cpu()),
-        "copy_source": Pictured(source_image),
+        COPY: Pictured(source_image),
         "mean_image": Pictured(mean_image.expand_as(source_image)),
     }
     for row in (MEAN_HEAD, RERENDERED):
@@ -175,16 +192,19 @@ def predict(
 
 
 def picture_records(
-    cases: list[Case], samples: list[Sample], made: dict[str, Pictured], model: Reconstructor, network: Perception | None
+    cases: list[Case], samples: list[Sample], made: dict[str, Pictured], published: PublishedNetworks, network: Perception | None
 ) -> Iterator[dict[str, Any]]:
     """The numbers of every sample that is one picture, in every row."""
     truth, source = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("truth", "source_image"))
-    label = torch.stack([sample.target_label for sample in samples])
-    judge = None if network is None else Judge(network, model.head_model, truth, source, label)
-    for row, shown in (made | ({} if network is None else {TRUTH: Pictured(truth)})).items():
-        measured = {} if row == TRUTH else measure(shown, samples, model.head_model)
+    label, source_label = (torch.stack([getattr(sample, name) for sample in samples]) for name in ("target_label", "source_label"))
+    head = published.head
+    judge = None if network is None else Judge(network, head, truth, source, label)
+    judged = judge is not None or published.lpips is not None or published.arcface is not None
+    for row, shown in (made | ({TRUTH: Pictured(truth)} if judged else {})).items():
+        measured = {} if row == TRUTH else measure(shown, samples, head)
         if judge is not None:
             measured |= judge.measures(shown.image)
+        measured |= published.measures(shown.image, source_label if row == COPY else label, truth, source, source_label)
         for index, (case, sample) in enumerate(zip(cases, samples, strict=True)):
             yield facts(case, row, bin_of(case, sample)) | {name: values[index].item() for name, values in measured.items()}
 

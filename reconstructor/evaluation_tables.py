@@ -13,8 +13,9 @@ from head3d.run.seeding import torch_generator
 from reconstructor.evaluation_cases import TASKS, bins_of
 from reconstructor.evaluation_measures import METRICS, STEADINESS_METRICS
 from reconstructor.perception_errors import PICTURE_UNITS
+from reconstructor.published_perception import UNITS
 
-ALL_METRICS = METRICS | STEADINESS_METRICS | PICTURE_UNITS
+ALL_METRICS = METRICS | STEADINESS_METRICS | PICTURE_UNITS | UNITS
 Scores = dict[str, dict[str, dict[str, float]]]  # row -> metric -> mean, low, high
 
 

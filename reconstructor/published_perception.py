@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from head3d.head_model import HeadModel
 from head3d.run.checkpoint import fill_weights
 from head3d.run.errors import AssetError
 from head3d.run.pickles import read_state_dict
+from reconstructor.perception import true_reading
 
 Backbone = Literal["alex", "vgg"]
 
@@ -205,3 +207,48 @@ def align_faces(pictures: Tensor, landmarks: Tensor) -> Tensor:
     shift = 2 * offset - 1 + turn.sum(2)
     places = F.affine_grid(torch.cat([turn, shift[..., None]], dim=2), [len(pictures), 3, 112, 112], align_corners=False)
     return F.grid_sample(pictures + 1, places, align_corners=False) - 1
+
+
+UNITS = {
+    "lpips": "LPIPS on AlexNet from the truth, the picture's whole area, lower is better",
+    "arcface_cosine": "cosine of the ArcFace embeddings of picture and source, higher is better",
+}
+
+
+class PublishedNetworks(NamedTuple):
+    """What an evaluation asks beside our own network; None where there are no files."""
+
+    lpips: Lpips | None
+    arcface: ArcFace | None
+    head: HeadModel  # the labels', whose landmarks place ArcFace's crop
+
+    @torch.no_grad()
+    def measures(
+        self,
+        images: Tensor,  # [B, 3, S, S] in [-1, 1]
+        label: Tensor,  # [B, 437] of what they show
+        truth: Tensor,  # [B, 3, S, S]
+        source: Tensor,  # [B, 3, S, S] and its label
+        source_label: Tensor,  # [B, 437]
+    ) -> dict[str, Tensor]:
+        """Measure -> [B] on the CPU, in the units of UNITS."""
+        device = self.head.landmark_corners.device
+        images, label, truth, source, source_label = (values.to(device) for values in (images, label, truth, source, source_label))
+        found = {}
+        if self.lpips is not None:
+            found["lpips"] = self.lpips(images, truth)
+        if self.arcface is not None:
+            first, second = (
+                self.arcface(align_faces(pictures, true_reading(labels, self.head).landmarks))
+                for pictures, labels in ((images, label), (source, source_label))
+            )
+            found["arcface_cosine"] = (first * second).sum(1)
+        return {name: values.cpu() for name, values in found.items()}
+
+
+def load_published_networks(lpips: Sequence[Path], arcface: Path | None, head: HeadModel) -> PublishedNetworks:
+    """Those that there are files of, on the head's device. Raises AssetError as `load_lpips` and `load_arcface`."""
+    device = head.landmark_corners.device
+    return PublishedNetworks(
+        load_lpips("alex", lpips).to(device) if lpips else None, load_arcface(arcface).to(device) if arcface else None, head
+    )

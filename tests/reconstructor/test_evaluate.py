@@ -19,6 +19,7 @@ from reconstructor.evaluation_tables import summarise, text_table
 from reconstructor.model import load_reconstructor
 from reconstructor.motion_vectors import MotionVectors
 from reconstructor.perception_errors import PICTURE_UNITS
+from reconstructor.published_perception import UNITS, PublishedNetworks
 from reconstructor.train import train
 
 
@@ -95,10 +96,7 @@ def test_a_perception_network_adds_what_it_sees_and_its_own_error(config, tiny_p
     config = dataclasses.replace(config, out=tmp_path / "out", perception=tmp_path / "judge", samples=1, tasks=tasks)
     assert evaluate(config) == 0
     result = json.loads((config.out / "evaluation.json").read_text())
-    assert (
-        result["metrics"].keys() == METRICS.keys() | STEADINESS_METRICS.keys() | PICTURE_UNITS.keys()
-        and result["perception_errors"]["pictures"] == 9
-    )
+    assert result["metrics"].keys() == METRICS.keys() | PICTURE_UNITS.keys() and result["perception_errors"]["pictures"] == 9
     page = (config.out / "index.html").read_text()
     assert list(result["tasks"]) == list(tasks) and "Left out" not in page
     assert "<h2>The perception network</h2>" in page and "9 pictures of 7 people" in page
@@ -117,6 +115,36 @@ def test_a_perception_network_adds_what_it_sees_and_its_own_error(config, tiny_p
     tiny_perception(tmp_path / "judge", "losses")
     with pytest.raises(AssetError, match="trained with --role evaluation, got losses"):
         evaluate(dataclasses.replace(config, out=tmp_path / "other"))
+
+
+def test_networks_that_the_user_has_are_asked_too_and_keep_their_names(config, tmp_path, monkeypatch):
+    asked = []
+
+    def load(lpips, arcface, head):
+        asked.append((lpips, arcface))
+        return PublishedNetworks(
+            lambda pictures, truth: (pictures - truth).abs().mean((1, 2, 3)),
+            lambda faces: torch.nn.functional.normalize(faces.flatten(1), dim=1),
+            head,
+        )
+
+    monkeypatch.setattr(evaluation, "load_published_networks", load)
+    (tmp_path / "alex.pth").write_bytes(b"weights")
+    config = dataclasses.replace(config, lpips=(tmp_path / "alex.pth",), samples=1, tasks=("static_lift", "cross_reenactment"))
+    assert evaluate(config) == 0 and asked == [((tmp_path / "alex.pth",), None)]
+    result = json.loads((config.out / "evaluation.json").read_text())
+    assert len(result["published_networks"]) == 1 and result["metrics"].keys() == METRICS.keys() | UNITS.keys()
+    for content in result["tasks"].values():
+        rows = content["rows"]
+        assert set(rows["truth"]) == set(UNITS) and rows["truth"]["lpips"]["mean"] == 0 < rows["mean_image"]["lpips"]["mean"]
+        assert rows["copy_source"]["arcface_cosine"]["mean"] == pytest.approx(1, abs=1e-5)  # cut out where the source has its face
+        assert rows["mean_image"]["arcface_cosine"]["mean"] < 0.9999
+    assert "LPIPS on AlexNet" in (config.out / "index.html").read_text()
+
+
+def test_a_published_network_that_is_not_there_is_named(config, tmp_path):
+    with pytest.raises(AssetError, match="absent.pth: there is no such file; give the state dict of one of insightface's"):
+        evaluate(dataclasses.replace(config, arcface=tmp_path / "absent.pth"))
 
 
 def test_the_switch_is_off_where_the_motion_stays_and_a_reconstructor_without_it_is_driven_by_the_source(config):
