@@ -40,17 +40,7 @@ from head3d.run.checkpoint import (
 from head3d.run.config import NonNegativeInt, PositiveInt, config_hash, to_dict
 from head3d.run.errors import ConfigError
 from head3d.run.seeding import torch_generator
-from head3d.run.training import (
-    check_finite,
-    check_state,
-    crossed,
-    is_finished,
-    open_run,
-    part,
-    process_group,
-    refuse_changes,
-    refuse_other_circumstances,
-)
+from head3d.run.training import check_state, is_finished, open_run, part, process_group, refuse_changes, refuse_other_circumstances
 
 FREE_TO_CHANGE = (
     "out",
@@ -134,39 +124,31 @@ def _train(config: GenHeadRun, process: distributed.Process) -> int:
         print(f"{config.out}: {pool.mirror_error}")
     size = config.game.batch
     features = chosen_features(config.measures.inception, process.device) if config.evaluate_every and process.is_main else None
-    with open_run("genhead", config, saved, images_seen, process) as run:
-        while images_seen < config.total_images:
-            chosen = torch.randint(len(pool), (size,), generator=torch_generator(config.seed, "portraits", images_seen))
-            scalars = game.step(pool.labels, pool.batch(chosen[game.parts.flatten()]), images_seen, images_seen // size)
-            images_seen += size
-            run.bar.update(size)
-            scalars = distributed.mean_scalars(scalars, process.device)  # the one time that the step waits for the device
-            check_finite(scalars, images_seen, config.out, ADVICE)
-            run.means.add(scalars)
-            stopping = distributed.any_process(run.stop.requested, process.device)
-            finished = images_seen >= config.total_images
-            if finished or crossed(images_seen, size, config.log_every):
+    with open_run("genhead", config, size, ADVICE, saved, images_seen, process) as run:
+        while run.goes_on:
+            chosen = torch.randint(len(pool), (size,), generator=torch_generator(config.seed, "portraits", run.images_seen))
+            scalars = game.step(pool.labels, pool.batch(chosen[game.parts.flatten()]), run.images_seen, run.images_seen // size)
+            run.advance(distributed.mean_scalars(scalars, process.device))  # the one time that the step waits for the device
+            if run.due(config.log_every):
                 means = run.means.take()
-                run.log.scalars(images_seen, means)
+                run.log.scalars(run.images_seen, means)
                 names = {"D(real)": "discriminator/real_logits", "D(fake)": "discriminator/fake_logits", "rays": "autoencoder/rays"}
                 run.bar.set_postfix_str(", ".join(f"{shown}={means[name]:.2f}" for shown, name in names.items() if name in means))
-            if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
+            if process.is_main and run.due(config.pictures_every):
                 for name, picture in sample_pictures(game.averaged, pool.labels, config.seed).items():
-                    run.log.image(images_seen, name, picture)
+                    run.log.image(run.images_seen, name, picture)
                 if game.encoder is not None:
-                    run.log.image(images_seen, "portraits", encoded_pictures(game.averaged, game.encoder, pool))
-            if features and (finished or crossed(images_seen, size, config.evaluate_every)):
+                    run.log.image(run.images_seen, "portraits", encoded_pictures(game.averaged, game.encoder, pool))
+            if features and run.due(config.evaluate_every):
                 kept = config.out / "evaluation"  # the portraits' statistics
                 arguments = (portraits, features, config.measures, config.seed)
                 measured = evaluate_generator(game.averaged, *arguments, cache=kept, show_progress=False)
-                run.log.scalars(images_seen, measured.scalars())
-                run.log.image(images_seen, "evaluation", measured.sheet)
-            if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
-                save(config, game, images_seen, {"circumstances": around} | run.state())
-            if stopping:
-                return 0
-    if process.is_main:
-        export(config, game, images_seen)
+                run.log.scalars(run.images_seen, measured.scalars())
+                run.log.image(run.images_seen, "evaluation", measured.sheet)
+            if process.is_main and (run.stopping or run.due(config.checkpoint_every)):
+                save(config, game, run.images_seen, {"circumstances": around} | run.state())
+    if process.is_main and not run.stopping:
+        export(config, game, run.images_seen)
     return 0
 
 

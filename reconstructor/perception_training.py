@@ -39,16 +39,7 @@ from head3d.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, P
 from head3d.run.errors import ConfigError, DataError
 from head3d.run.files import write_atomic
 from head3d.run.seeding import numpy_generator, torch_generator, weights_drawn_from
-from head3d.run.training import (
-    check_finite,
-    crossed,
-    is_finished,
-    open_run,
-    part,
-    process_group,
-    refuse_changes,
-    refuse_other_circumstances,
-)
+from head3d.run.training import is_finished, open_run, part, process_group, refuse_changes, refuse_other_circumstances
 from reconstructor.perception import ERRORS_FILE, EXPORT_KIND, Perception, PerceptionConfig, PerceptionExport, Reading, Role, true_reading
 from reconstructor.perception_data import (
     AugmentConfig,
@@ -152,29 +143,24 @@ def _train(config: PerceptionRun, process: distributed.Process, cache: ShardCach
         return 0
     size, order = config.batch_size, PictureOrder(dataset.frames, by_identity, config.batches, _seed(config))
     stream = stream_pictures(dataset, order, config.network.resolution, images_seen, process.rank, process.world_size)
-    with open_run("perception", config, saved, images_seen, process) as run, contextlib.closing(stream) as batches:
-        while images_seen < config.total_images:
+    with (
+        open_run("perception", config, size, ADVICE, saved, images_seen, process) as run,
+        contextlib.closing(stream) as batches,
+    ):
+        while run.goes_on:
             pictures = next(batches).to(process.device)
-            seen = show(config, pictures, images_seen, process)
-            scalars = step(config, learner, pictures, seen, images_seen, process)
-            images_seen += size
-            run.bar.update(size)
-            check_finite(scalars, images_seen, config.out, ADVICE)
-            run.means.add(scalars)
-            stopping = distributed.any_process(run.stop.requested, process.device)
-            finished = images_seen >= config.total_images
-            if finished or crossed(images_seen, size, config.log_every):
+            seen = show(config, pictures, run.images_seen, process)
+            run.advance(step(config, learner, pictures, seen, run.images_seen, process))
+            if run.due(config.log_every):
                 means = run.means.take()
-                run.log.scalars(images_seen, means)
+                run.log.scalars(run.images_seen, means)
                 run.bar.set_postfix(loss=f"{means['loss/total']:.3f}")
-            if finished or crossed(images_seen, size, config.pictures_every):
-                run.log.image(images_seen, "shown", grid(to_uint8(seen.image), columns=config.batches.pictures))
-            if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
-                save(config, learner, images_seen, {"circumstances": around} | run.state())
-            if stopping:
-                return 0
-    if process.is_main:
-        export(config, learner, dataset, images_seen)
+            if run.due(config.pictures_every):
+                run.log.image(run.images_seen, "shown", grid(to_uint8(seen.image), columns=config.batches.pictures))
+            if process.is_main and (run.stopping or run.due(config.checkpoint_every)):
+                save(config, learner, run.images_seen, {"circumstances": around} | run.state())
+    if process.is_main and not run.stopping:
+        export(config, learner, dataset, run.images_seen)
     return 0
 
 

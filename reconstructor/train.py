@@ -16,7 +16,7 @@ from datagen.cache import ShardCache, open_caches
 from datagen.plan import open_plan
 from head3d.run import distributed
 from head3d.run.checkpoint import latest_checkpoint
-from head3d.run.training import check_finite, crossed, is_finished, open_run, process_group
+from head3d.run.training import is_finished, open_run, process_group
 from reconstructor.batches import BatchStream
 from reconstructor.frozen_networks import check_networks
 from reconstructor.learner import begin, build, check_data, circumstances, export, restore, save
@@ -62,35 +62,27 @@ def _train(config: ReconstructorRun, process: distributed.Process, caches: Seque
         driver_image="driver_image" in learner.model.architecture.needs or learner.vectors.kind == "image",
     )
     size, watch, window = config.batches.size, Stopwatch(process.device), (images_seen, time.perf_counter())
-    with open_run("reconstructor", config, saved, images_seen, process) as run, stream as batches:
-        while images_seen < config.total_images:
+    with open_run("reconstructor", config, size, ADVICE, saved, images_seen, process) as run, stream as batches:
+        while run.goes_on:
             watch.start()
             batch = next(batches).to(process.device)
             watch.lap("data_wait")
-            scalars = step(config, learner, batch, images_seen, process, watch)
-            images_seen += size
-            run.bar.update(size)
-            check_finite(scalars, images_seen, config.out, ADVICE)
-            run.means.add(scalars)
-            stopping = distributed.any_process(run.stop.requested, process.device)
-            finished = images_seen >= config.total_images
-            if finished or crossed(images_seen, size, config.log_every):
+            run.advance(step(config, learner, batch, run.images_seen, process, watch))
+            if run.due(config.log_every):
                 means, seconds = run.means.take(), time.perf_counter() - window[1]
                 shares = {name: spent / seconds for name, spent in watch.take().items()}
                 speed = {f"speed/{name}_share": share for name, share in shares.items()}
                 if config.batches.damaged == "replace":  # samples so far, of all processes
                     here = {"data/replaced_samples": stream.replaced * process.world_size}
                     speed |= distributed.mean_scalars(here, process.device)
-                speed["speed/images_per_s"] = (images_seen - window[0]) / seconds
-                run.log.scalars(images_seen, means | speed | config.schedule_at(images_seen - size))
+                speed["speed/images_per_s"] = (run.images_seen - window[0]) / seconds
+                run.log.scalars(run.images_seen, means | speed | config.schedule_at(run.images_seen - size))
                 run.bar.set_postfix(loss=f"{means['loss/total']:.3f}", **{name: f"{share:.0%}" for name, share in shares.items()})
-                window = (images_seen, time.perf_counter())
-            if process.is_main and (finished or crossed(images_seen, size, config.pictures_every)):
-                run.log.image(images_seen, "preview", preview_picture(learner.averaged, preview, config.rays_at(images_seen)))
-            if process.is_main and (finished or stopping or crossed(images_seen, size, config.checkpoint_every)):
-                save(config, learner, images_seen, {"circumstances": around} | run.state())
-            if stopping:
-                return 0
-    if process.is_main:
-        export(config, learner, images_seen)
+                window = (run.images_seen, time.perf_counter())
+            if process.is_main and run.due(config.pictures_every):
+                run.log.image(run.images_seen, "preview", preview_picture(learner.averaged, preview, config.rays_at(run.images_seen)))
+            if process.is_main and (run.stopping or run.due(config.checkpoint_every)):
+                save(config, learner, run.images_seen, {"circumstances": around} | run.state())
+    if process.is_main and not run.stopping:
+        export(config, learner, run.images_seen)
     return 0

@@ -1,12 +1,13 @@
-"""What both training loops share: their opening, the clock, the stop at divergence, and the checks before a resume."""
+"""What the training loops share: their opening, the clock and what it strikes, the stops, and the checks before a resume."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,37 @@ class Divergence(FoundryError):
     """A loss is not finite."""
 
 
-class OpenRun(NamedTuple):
-    """What a loop writes to while it runs."""
+@dataclasses.dataclass
+class OpenRun:
+    """A run while its loop goes round: the clock, and what the loop writes to."""
 
-    stop: distributed.StopSignal
+    images_seen: int
     log: RunLog
-    bar: tqdm
     means: Means  # since the last line of metrics
+    bar: tqdm
+    stop: distributed.StopSignal
+    batch: int  # images in a step, over all processes
+    config: Any  # the run's settings: out, total_images
+    device: torch.device
+    advice: str  # when it diverges
+    stopping: bool = False  # SIGTERM came to one of the processes
+
+    @property
+    def goes_on(self) -> bool:
+        return not self.stopping and self.images_seen < self.config.total_images
+
+    def advance(self, scalars: Mapping[str, float]) -> None:
+        """A step is done that gave `scalars`, means over all processes. Raises Divergence if one is not finite."""
+        self.images_seen += self.batch
+        self.bar.update(self.batch)
+        check_finite(scalars, self.images_seen, self.config.out, self.advice)
+        self.means.add(scalars)
+        self.stopping = distributed.any_process(self.stop.requested, self.device)
+
+    def due(self, every: int) -> bool:
+        """True when the last step passed a multiple of `every` images, or was the run's last."""
+        passed = self.images_seen // every != (self.images_seen - self.batch) // every
+        return passed or self.images_seen >= self.config.total_images
 
     def state(self) -> dict[str, Any]:
         """What goes into a checkpoint's state, for `open_run` to take up."""
@@ -59,10 +84,12 @@ def is_finished(config: Any, images_seen: int, process: distributed.Process) -> 
 
 
 @contextmanager
-def open_run(name: str, config: Any, saved: Checkpoint | None, images_seen: int, process: distributed.Process) -> Iterator[OpenRun]:
+def open_run(
+    name: str, config: Any, batch: int, advice: str, saved: Checkpoint | None, images_seen: int, process: distributed.Process
+) -> Iterator[OpenRun]:
     """Write down the settings of `config` (out, total_images) and open log and bar at `images_seen`; SIGTERM becomes a wish.
 
-    A Divergence that ends the block is written into the log on its way.
+    A Divergence that ends the block is written into the log on its way; it ends in `advice`.
     """
     if process.is_main:
         save_yaml(config, config.out / "config.yaml")
@@ -70,15 +97,11 @@ def open_run(name: str, config: Any, saved: Checkpoint | None, images_seen: int,
     bar = progress(config.total_images, name, unit="img", initial=images_seen, enabled=process.is_main)
     with distributed.StopSignal() as stop, log, bar:
         try:
-            yield OpenRun(stop, log, bar, Means(saved.state.get(_MEANS) if saved else None))
+            means = Means(saved.state.get(_MEANS) if saved else None)
+            yield OpenRun(images_seen, log, means, bar, stop, batch, config, process.device, advice)
         except Divergence as error:
             log.diverged(str(error))
             raise
-
-
-def crossed(images_seen: int, batch: int, every: int) -> bool:
-    """True when the last batch passed a multiple of `every`."""
-    return images_seen // every != (images_seen - batch) // every
 
 
 def check_finite(scalars: Mapping[str, float], images_seen: int, run_folder: Path, advice: str) -> None:
