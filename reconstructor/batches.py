@@ -98,7 +98,10 @@ class Blocks:
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array with any content. Its memory comes back when the array and every tensor made of it are gone."""
         free = self._free[shape, dtype]
-        block = free.pop() if free else np.empty(shape, dtype)
+        try:
+            block = free.pop()
+        except IndexError:  # asking before would be wrong with two threads
+            block = np.empty(shape, dtype)
         array = block.view()
         weakref.finalize(array, free.append, block).atexit = False
         return array

@@ -5,6 +5,7 @@ import hashlib
 import os
 import queue
 import threading
+import zlib
 
 import pytest
 
@@ -190,6 +191,17 @@ def test_a_copy_that_was_damaged_on_the_disk_is_fetched_again(remote, tmp_path):
         copy.write_bytes(bytes(copy.stat().st_size))
     found = open_dataset(remote).through(cache).read(dataset.frames[0], NAMES)
     assert all((found[member] == wanted[member]).all() for member in NAMES)
+
+
+def test_a_checksum_is_computed_of_whatever_comes_by_a_request_and_once_of_a_copy(remote, tmp_path, monkeypatch):
+    computed, crc32 = [], zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda data: computed.append(len(data)) or crc32(data))
+    dataset = open_dataset(remote)
+    for one, times in ((dataset, 2), (dataset.through(ShardCache(remote, tmp_path / "cache", 10**9)), 1)):
+        computed.clear()
+        for _ in range(2):
+            one.read(one.frames[0], NAMES)
+        assert len(computed) == times * len(NAMES)
 
 
 def test_a_copy_that_went_is_let_go_of(remote, tmp_path):
