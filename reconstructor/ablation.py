@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from datagen.reading import open_dataset
 from head3d.image_metrics import bootstrap_interval
 from head3d.pages import figure, page, section, table
 from head3d.run.config import NonNegativeInt, PositiveInt, from_dict, read_settings, to_dict
@@ -27,9 +28,10 @@ from head3d.run.errors import ConfigError
 from head3d.run.files import write_atomic
 from head3d.run.seeding import torch_generator
 from reconstructor.evaluate import EvaluateRun, evaluate
-from reconstructor.evaluation_cases import Task
+from reconstructor.evaluation_cases import Task, draw_cases
 from reconstructor.evaluation_page import SHEET_COLUMNS, own_error_html
 from reconstructor.evaluation_tables import cell
+from reconstructor.perception import load_perception
 from reconstructor.settings import ReconstructorRun
 from reconstructor.train import train
 
@@ -81,9 +83,11 @@ class AblationRun:
 def run_ablation(config: AblationRun) -> int:
     """Train, measure, compare; returns the exit status. A stop signal ends it after the checkpoint; the same command goes on.
 
-    Raises ConfigError where a row's file or settings are wrong, before anything is trained.
+    Raises ConfigError, AssetError or DataError where a row's file or settings are wrong or it could not be measured, before anything is
+    trained.
     """
     trainings = {name: row_settings(config, name) for name in config.names}
+    check_measurable(config, evaluation_of(config, trainings[config.reference]))
     for name, training in trainings.items():
         print(f"row {name}: {changes_of(config, name)}", flush=True)
         status = train(training)
@@ -96,6 +100,13 @@ def run_ablation(config: AblationRun) -> int:
     write_atomic(config.out / "index.html", ablation_page(config, result))
     print(text_table(result))
     return 0
+
+
+def check_measurable(config: AblationRun, run: EvaluateRun) -> None:
+    """Raise AssetError if the perception network cannot judge, DataError if the held-out identities allow none of the tasks."""
+    if config.perception is not None:
+        load_perception(config.perception, "evaluation")
+    draw_cases(open_dataset(config.shards), run.split, run.seed, identities=1, samples=1, tasks=run.tasks)
 
 
 def row_settings(config: AblationRun, name: str) -> ReconstructorRun:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from head3d.run.config import from_dict, read_settings
-from head3d.run.errors import ConfigError
+from head3d.run.errors import AssetError, ConfigError, DataError
 from head3d.run.files import write_csv
 from reconstructor import ablation
 from reconstructor.ablation import COLUMNS, AblationRun, evaluation_of, order, overlaid, row_settings, run_ablation, scores, text_table
@@ -109,6 +109,7 @@ def faked(monkeypatch):
             (run.out / "evaluation.json").write_text(json.dumps(record))
         return 0
 
+    monkeypatch.setattr(ablation, "check_measurable", lambda config, run: None)
     monkeypatch.setattr(ablation, "train", train)
     monkeypatch.setattr(ablation, "evaluate", evaluate)
     return called
@@ -133,6 +134,16 @@ def test_a_row_that_was_stopped_is_not_measured(faked, monkeypatch, tmp_path, ca
     monkeypatch.setattr(ablation, "train", lambda run: 0)
     assert run_ablation(dataclasses.replace(RUN, out=tmp_path, names=("D", "E"))) == 0
     assert faked == [] and "row D is not finished" in capsys.readouterr().out and not (tmp_path / "ablation.json").exists()
+
+
+def test_what_could_not_be_measured_is_refused_before_a_row_is_trained(world, tiny_perception, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "train", None)
+    tiny_perception(tmp_path / "losses", "losses")
+    config = dataclasses.replace(RUN, out=tmp_path / "out", shards=str(world.shards))
+    with pytest.raises(AssetError, match="trained with --role evaluation, got losses"):
+        run_ablation(dataclasses.replace(config, perception=tmp_path / "losses"))
+    with pytest.raises(DataError, match="absent holds no data set"):
+        run_ablation(dataclasses.replace(config, shards=str(tmp_path / "absent")))
 
 
 def test_the_tiny_settings_name_files_that_are_there(monkeypatch):
