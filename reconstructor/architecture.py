@@ -78,8 +78,13 @@ class Architecture(Protocol):
     def planes(self, source: SourceCode, driver: Any, motion_scale: Tensor) -> Tensor:
         """[B, 3, C, P, P] XY, YZ, ZX. motion_scale [B]: the switch; at 0 the driver has no influence."""
 
-    def extra_losses(self, source: SourceCode, driver: Any, planes: Tensor, batch: Batch, render: Render) -> Mapping[str, Tensor]:
-        """Loss terms of this architecture's own, each multiplied by its weight; {} if the shared ones are all."""
+    def extra_losses(
+        self, source: SourceCode, driver: Any, planes: Tensor, images: HeadImages, batch: Batch, render: Render
+    ) -> Mapping[str, Tensor]:
+        """Loss terms of this architecture's own, each multiplied by its weight; {} if the shared ones are all.
+
+        images: of these planes, as the shared losses see them, so that a term may read again what was made.
+        """
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 

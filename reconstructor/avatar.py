@@ -101,9 +101,11 @@ class Avatar:
 
         return extract_surface(field, config, head.planes.device)
 
-    def drive(self, motion: Motion, camera: Camera, *, vector: Tensor | None = None, resolution: int | None = None) -> HeadImages:
-        """Pictures of B motions from B cameras, or of one motion from B cameras."""
-        return self.view(self.pose(motion, vector), camera, resolution=resolution)
+    def drive(
+        self, motion: Motion, camera: Camera, *, vector: Tensor | None = None, image: Tensor | None = None, resolution: int | None = None
+    ) -> HeadImages:
+        """Pictures of B motions from B cameras, or of one motion from B cameras. vector, image: as in `pose`."""
+        return self.view(self.pose(motion, vector, image), camera, resolution=resolution)
 
 
 def _vector(model: Reconstructor, motion: Motion, vector: Tensor | None) -> Tensor:

@@ -125,7 +125,7 @@ def loss_terms(
     posed = model.pose(target.shape, target.motion)
     terms = reconstruction_losses(losses, images, batch, lambda points: model.point_features(planes, points, posed), images_seen)
     terms |= frozen_network_losses(losses, learner.frozen, images, batch, images_seen)
-    terms |= model.architecture.extra_losses(source, driver, planes, batch, model.render_at_rest)
+    terms |= model.architecture.extra_losses(source, driver, planes, images, batch, model.render_at_rest)
     smoothness = losses.smoothness
     if smoothness.weight > 0 and (images_seen // config.batches.size) % smoothness.every == 0:
         side = config.model.sampling.box_side

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from head3d.networks.resample import image_layout
+from head3d.rendering import HeadImages
 from head3d.run.config import NonNegativeInt, PositiveInt
 from head3d.run.errors import ConfigError
 from reconstructor.architecture import Driver, Input, Render
@@ -195,6 +196,8 @@ class Portrait4D(nn.Module):
         """Planes [B, 3, C, P, P] of the source with the driver's expression."""
         return self.decode_planes(self.reenact_tokens(source.tokens, driver, motion_scale), source.detail)
 
-    def extra_losses(self, source: SourceCode, driver: Tensor, planes: Tensor, batch: Batch, render: Render) -> dict[str, Tensor]:
+    def extra_losses(
+        self, source: SourceCode, driver: Tensor, planes: Tensor, images: HeadImages, batch: Batch, render: Render
+    ) -> dict[str, Tensor]:
         """None: the shared terms are the published ones."""
         return {}

@@ -61,9 +61,10 @@ class ToyLift(nn.Module):
     def planes(self, source, driver, motion_scale):
         return source.planes + (motion_scale[:, None] * driver)[:, None, :, None, None]
 
-    def extra_losses(self, source, driver, planes, batch, render):
+    def extra_losses(self, source, driver, planes, images, batch, render):
+        made = self.encode_source(images.image, None, None).planes  # as a loss that reads its own pictures does
         again = render(planes, source.background, unpack_label(batch.label).camera).raw
-        return {"tint": driver.square().mean() * 0.1, "again": again.square().mean() * 0.0}
+        return {"tint": driver.square().mean() * 0.1, "again": (again.square().mean() + made.square().mean()) * 0.1}
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def toy(world, monkeypatch, tmp_path):
 
 def test_a_toy_architecture_trains_and_is_exported_through_the_one_trainer(toy):
     assert train(toy) == 0
-    assert all(line["loss/tint"] > 0 for line in read_metrics(toy.out))
+    assert all(line["loss/tint"] > 0 and line["loss/again"] > 0 for line in read_metrics(toy.out))
     saved = latest_checkpoint(toy.out)
     steps = {g["name"]: float(saved.tensors[f"optimizer.{g['params'][0]}.step"]) for g in saved.state["optimizer"]["groups"]}
     assert steps == {"tint": 1, "architecture": 2, "decoder": 2, "superresolution": 1}  # by its own stages
@@ -84,7 +85,7 @@ def test_a_toy_architecture_trains_and_is_exported_through_the_one_trainer(toy):
     assert isinstance(model.architecture, ToyLift)
     first, second = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     avatar, rest = Avatar.from_image(model, first), Motion.neutral(1)
-    driven = [avatar.view(avatar.pose(rest, image=image), frontal()).image for image in (second, -second)]
+    driven = [avatar.drive(rest, frontal(), image=image).image for image in (second, -second)]
     with pytest.raises(ConfigError, match=r"expected driver_image, which this architecture \(ToyLift\) reads, got none"):
         avatar.pose(rest)
     assert not torch.equal(*driven)  # the driver's picture reaches it, and the motion, which is at rest, would not
