@@ -66,8 +66,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(config_class: type[Config], values: dict[str, Any], where: str) -> Config:
     """Check `values` and build the config.
 
-    Types are strict: "5" is no number, 1.5 no integer; a list may stand for a tuple and text for a path. Raises ConfigError that
-    names `where`, each wrong key and its value, and what is allowed.
+    Types are strict: "5" is no number, 1.5 no integer; a list may stand for a tuple and text for a path. What a section leaves out is as
+    in the default of the field that holds it, not of its class. Raises ConfigError that names `where`, each wrong key and its value, and
+    what is allowed.
     """
     return _validate(config_class, values, where)
 
@@ -116,7 +117,7 @@ def _validate(kind: Any, values: Any, where: str, prefix: str = "", absent: Sequ
     if not problems:
         try:
             # JSON and not Python input: there, strict mode still lets a list be a tuple and text be a path
-            return _adapter(kind).validate_json(json.dumps(values), strict=True)
+            return _adapter(kind).validate_json(json.dumps(_completed(kind, values)), strict=True)
         except pydantic.ValidationError as error:
             problems = _explain(error, kind, prefix, absent)
             if not problems:
@@ -124,6 +125,22 @@ def _validate(kind: Any, values: Any, where: str, prefix: str = "", absent: Sequ
         except TypeError as error:
             raise ConfigError(f"{where}: settings are text, numbers, true, false, null, lists and mappings; {error}") from error
     raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+
+
+def _completed(section: Any, values: Any) -> Any:
+    """`values` of a section (a dataclass, or the default of a field, an instance), what they leave out of sections below filled in."""
+    if not isinstance(values, dict) or not dataclasses.is_dataclass(section):
+        return values
+    complete = dict(values) if isinstance(section, type) else to_dict(section) | values
+    for f in dataclasses.fields(section):
+        if f.name in values:
+            complete[f.name] = _completed(_default(f) if isinstance(section, type) else getattr(section, f.name), values[f.name])
+    return complete
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """MISSING where a field has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _from_partial(config_class: type[Config], values: dict[str, Any], where: str, missing: Any) -> Config:
@@ -139,9 +156,9 @@ def _from_partial(config_class: type[Config], values: dict[str, Any], where: str
         if f.name in absent:
             value = missing
         elif f.name in values:
-            value = _validate(hints[f.name], values[f.name], where, f.name)
+            value = _validate(hints[f.name], _completed(_default(f), values[f.name]), where, f.name)
         else:
-            value = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            value = _default(f)
         object.__setattr__(config, f.name, value)
     return config
 

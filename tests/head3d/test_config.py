@@ -38,6 +38,14 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the training."""
+
+    network: Network = dataclasses.field(default_factory=Network)
+    steps: PositiveInt = 1  # how many
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Train it."""
 
@@ -48,6 +56,7 @@ class Run:
     extra: Network | None = None
     heads: tuple[Network, ...] = ()
     weights: dict[str, float] = dataclasses.field(default_factory=lambda: {"image": 1.0})
+    small: Stage = dataclasses.field(default_factory=lambda: Stage(Network(widths=(4,), rate=0.5), steps=9))
 
     def __post_init__(self):
         if self.seed == 13:
@@ -74,6 +83,17 @@ def test_defaults_then_file_then_command_line(tmp_path):
     expected = Run(Path("runs/x"), 4, "a.npz", Network(widths=(16, 8), rate=2e-3, bias=False), Network(dropout=0.5))
     assert config == expected
     assert isinstance(config.out, Path) and isinstance(config.network.widths, tuple)
+
+
+@pytest.mark.parametrize("out", ["", "out: a\n"])
+def test_what_a_section_leaves_out_is_as_in_the_default_of_its_field(tmp_path, out):
+    file = write(tmp_path, f"{out}small: {{network: {{rate: 0.25}}}}\nextra: {{dropout: 0.5}}\n")
+    config = resolve(Run, file, [] if out else ["--out", "a"], "train")
+    assert config.small == Stage(Network(widths=(4,), rate=0.25), steps=9)
+    assert config.extra == Network(dropout=0.5)  # the default is none: what the class says
+    assert load_yaml(Run, write(tmp_path, "out: a\nsmall: {steps: 2}")).small == Stage(Network(widths=(4,), rate=0.5), steps=2)
+    with pytest.raises(ConfigError, match=r"small\.network\.pace"):
+        resolve(Run, write(tmp_path, f"{out}small: {{network: {{pace: 0.25}}}}"), [], "train")
 
 
 def test_a_setting_without_default_may_come_from_either_side(tmp_path):
@@ -107,7 +127,7 @@ def test_an_unknown_key_is_named_with_value_file_and_what_is_allowed(tmp_path):
         resolve(Run, file, [], "train")
     lines = str(error.value).splitlines()
     assert lines == [
-        f"{file}: unknown key sed (value 3); did you mean seed? allowed here: out, seed, head_model, network, extra, heads, weights",
+        f"{file}: unknown key sed (value 3); did you mean seed? allowed here: out, seed, head_model, network, extra, heads, weights, small",
         f"{file}: unknown key network.width (value [8]); did you mean network.widths? "
         "allowed here: widths, activation, rate, dropout, bias",
         f"{file}: unknown key heads[1].rat (value 1); did you mean heads[1].rate? allowed here: widths, activation, rate, dropout, bias",
