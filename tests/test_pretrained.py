@@ -13,13 +13,17 @@ from head3d.cameras import frontal, orbit
 from head3d.labels import Motion
 from head3d.run.checkpoint import exported_config, exported_images_seen
 from head3d.run.config import load_yaml
+from reconstructor.avatar import Avatar
 from reconstructor.evaluate import EvaluateRun
+from reconstructor.model import load_reconstructor
 from reconstructor.perception import EXPORT_KIND as PERCEPTION
 from reconstructor.perception import PerceptionExport, load_errors, load_perception
 from reconstructor.perception_errors import rotation_angle
+from reconstructor.settings import ReconstructorRun
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "pretrained" / "genhead-tiny"
+RECONSTRUCTOR = ROOT / "pretrained" / "reconstructor-tiny"
 
 
 def test_the_tiny_configuration_goes_on_from_it():
@@ -104,3 +108,32 @@ def test_the_shipped_perception_network_sees_the_generator_s_heads_turn():
         rotation = network.read(pictures).rotation
     truth = camera.c2w[:, :3, :3].mT
     assert rotation_angle(rotation, truth).mean() < 14  # 19 for who always says the front
+
+
+def test_the_tiny_training_of_the_reconstructor_goes_on_from_the_shipped_one_which_is_small():
+    config, exported = load_yaml(ReconstructorRun, ROOT / "configs" / "reconstructor_tiny.yaml"), load_reconstructor(RECONSTRUCTOR)
+    assert config.start_from == RECONSTRUCTOR.relative_to(ROOT) and config.perception == Path("pretrained/perception-tiny/losses")
+    assert exported.config == config.model and config.total_images > exported_images_seen(RECONSTRUCTOR)
+    assert f"{exported_images_seen(RECONSTRUCTOR):,} images" in (RECONSTRUCTOR / "README.md").read_text(encoding="utf-8")
+    assert sum(path.stat().st_size for path in RECONSTRUCTOR.rglob("*") if path.is_file()) < 12e6
+
+
+@torch.no_grad()
+def test_the_shipped_reconstructor_turns_and_drives_people_of_the_generator():
+    """From one picture from the front, the side view with an open mouth is nearer to the truth than to other people, and as open."""
+    genhead, reconstructor = load_genhead(FOLDER), load_reconstructor(RECONSTRUCTOR)
+    network = load_perception(ROOT / "pretrained" / "perception-tiny" / "evaluation", "evaluation")
+    people = 4
+    z, shape = torch.randn(people, genhead.config.z_dim, generator=torch.Generator().manual_seed(3)), torch.zeros(people, 300)
+    front, side = (orbit(torch.full((people,), yaw), torch.zeros(people), torch.full((people,), 4.1)) for yaw in (0.0, 0.4))
+    opened = Motion.neutral(people)._replace(jaw_pose=torch.tensor([[0.25, 0.0, 0.0]]).repeat(people, 1))
+    sources = genhead(z, shape, Motion.neutral(people), front, truncation_psi=0.7).images.image
+    truth = genhead(z, shape, opened, side, truncation_psi=0.7).images.image
+    heads = [Avatar.from_image(reconstructor, picture[None]) for picture in sources]
+    driven = torch.cat([head.drive(opened.select(slice(1)), side.select(slice(1))).image for head in heads])
+    still = torch.cat([head.drive(Motion.neutral(1), side.select(slice(1))).image for head in heads])
+    error = (driven[:, None] - truth[None]).abs().mean((2, 3, 4))  # [reconstruction, truth]
+    assert (error.argmin(1) == torch.arange(people)).all()
+    assert (error.diagonal() < (sources - truth).abs().mean((1, 2, 3))).all()
+    jaw = [network.read(pictures).jaw_pose[:, 0] for pictures in (driven, still, truth)]
+    assert (jaw[0] - jaw[1]).mean() > 0.1 and (jaw[0] - jaw[2]).abs().mean() < 0.06

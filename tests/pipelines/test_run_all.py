@@ -21,6 +21,7 @@ SMALL = {
         "shards": {"identities_per_shard": 4},
     },
     "reconstructor": {
+        "start_from": None,
         "total_images": 4,
         "log_every": 2,
         "pictures_every": 100,
