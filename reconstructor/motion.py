@@ -19,7 +19,7 @@ def flame_motion_vector(motion: Motion) -> Tensor:
     """FLAME's motion vector [B, 109] as networks read it: expression coefficients, then jaw and eyes in tenths of a radian.
 
     In radians they would be small numbers beside a hundred expression coefficients of about 1, and be learned last. The neck is not in
-    it: it moves rigidly. The published code of this variant is silent on units.
+    it: it moves rigidly. Our digest of the published variant is silent on units.
     """
     return torch.cat([motion.expression, motion.jaw_pose / _ANGLE_UNIT, motion.eye_pose / _ANGLE_UNIT], dim=1)
 

@@ -64,6 +64,13 @@ def differs(first: torch.Tensor, second: torch.Tensor) -> bool:
     return float((first - second).abs().max()) > 1e-3 * float(first.std())
 
 
+def test_motion_tokens_start_as_large_as_the_numbers_that_they_are_made_of():
+    model = Portrait4D(TINY, torch.Generator().manual_seed(0))
+    motion = torch.randn(256, TINY.motion_dim, generator=torch.Generator().manual_seed(1))
+    for tokens in (model.source_motion(motion), model.driving_motion(motion)):
+        assert 0.7 < tokens.std() < 1.4  # 0.02 by the rule for linear layers
+
+
 def test_shapes_and_ranges_follow_from_the_config():
     model = build(trained=False)
     image, source_motion, driving_motion = inputs()
